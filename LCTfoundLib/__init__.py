@@ -1,0 +1,7 @@
+"""LCTfoundLib: the inference engine of LCTfound, free of Slicer and Qt."""
+
+from __future__ import annotations
+
+__all__ = ["__version__"]
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Export: surfaces, segmentations, tables, reports."""

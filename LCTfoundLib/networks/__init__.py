@@ -1,0 +1,1 @@
+"""Networks: diffusion backbone presets, 3D segmentation nets, adapter heads."""

@@ -1,0 +1,1 @@
+"""Runtime: device and precision, tiling, memory fallback, progress, cancel."""

@@ -1,0 +1,1 @@
+"""Weights: registry, cards, checks."""
