@@ -1,0 +1,327 @@
+"""The shell: ``python -m LCTfoundLib segment-lungs IN OUT``, ``demo``, ``doctor``, ``weights``.
+
+Results go to standard output, one folder a line (with ``--jsonl`` one JSON object a line); progress, warnings and
+errors go to standard error. Exit codes: 0 done, 1 unexpected error or some cases of a batch failed, 2 something the
+user can mend, 130 stopped by the user.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Any, TextIO
+
+import LCTfoundLib
+from LCTfoundLib.case import CaseOptions, CaseRecord, Engine, real_engine, run_case
+from LCTfoundLib.errors import Cancelled, LCTfoundError
+from LCTfoundLib.runtime.progress import CancelToken, JsonLines, Progress, Report
+
+__all__ = ["ExitCode", "main"]
+
+
+class ExitCode(int, Enum):
+    """What the shell learns of a run."""
+
+    DONE = 0
+    FAILED = 1
+    USER_ERROR = 2
+    CANCELLED = 130
+
+
+class Console:
+    """What the user sees: results on ``out``, everything else on ``err``.
+
+    Args:
+        jsonl: one JSON object a line on ``out`` for everything: ``progress``, ``warning``, ``result``, ``error``, ...
+        out: default: standard output.
+        err: default: standard error.
+    """
+
+    def __init__(self, jsonl: bool, out: TextIO | None = None, err: TextIO | None = None) -> None:
+        self.out = out or sys.stdout
+        self.err = err or sys.stderr
+        self.events = JsonLines(self.out) if jsonl else None
+        self.cancel = CancelToken()
+        self._line_open = False
+        self._told: tuple[str, int] = ("", -1)
+
+    def progress(self, prefix: str = "") -> Progress:
+        """A new progress that shows here and stops with Ctrl-C."""
+        listener = self.events or (lambda report: self._show(report, prefix))
+        return Progress(listener, self.warn, self.cancel)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """A JSON line, in JSON mode only."""
+        if self.events:
+            self.events.write(kind, **fields)
+
+    def result(self, folder: Path, **details: Any) -> None:
+        """A finished result folder."""
+        self.event("result", folder=str(folder), **details)
+        self.text(str(folder))
+
+    def text(self, text: str) -> None:
+        """Text meant for standard output; left out in JSON mode, where :meth:`event` speaks."""
+        self._close_line()
+        if not self.events:
+            print(text, file=self.out, flush=True)
+
+    def note(self, text: str) -> None:
+        """A sentence for a person, on standard error."""
+        self._close_line()
+        print(text, file=self.err, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Something that does not stop the run but should be read."""
+        self.event("warning", message=text)
+        self.note(f"Warning: {text}")
+
+    def error(self, text: str) -> None:
+        """What went wrong, in one sentence."""
+        self.event("error", message=text)
+        self.note(f"lctfound: {text}")
+
+    def _show(self, report: Report, prefix: str) -> None:
+        """Stage, share done and time left: one live line on a terminal, elsewhere a line each stage or 10 %."""
+        left = "" if report.seconds_left is None else f", {_duration(report.seconds_left)} left"
+        line = f"{prefix}{report.stage}: {100 * report.fraction:.0f} %{left}"
+        told = (prefix + report.stage, int(10 * report.fraction))
+        if self.err.isatty():
+            print(f"\r\x1b[K{line}", end="", file=self.err, flush=True)
+            self._line_open = True
+        elif told != self._told:
+            self._told = told
+            print(line, file=self.err, flush=True)
+
+    def _close_line(self) -> None:
+        if self._line_open:
+            print("\r\x1b[K", end="", file=self.err, flush=True)
+            self._line_open = False
+
+
+def main(argv: Sequence[str] | None = None, engine: Engine | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        argv: arguments without the program name; default: those of the process.
+        engine: other steps of a case, for tests.
+    """
+    arguments = _parser().parse_args(argv)
+    console = Console(arguments.jsonl)
+    try:
+        with _stoppable(console.cancel):
+            return int(arguments.run(arguments, console, engine))
+    except (Cancelled, KeyboardInterrupt):
+        console.error("Stopped; nothing unfinished was left behind.")
+        return ExitCode.CANCELLED
+    except LCTfoundError as error:
+        console.error(str(error))
+        return ExitCode.USER_ERROR
+    except BrokenPipeError:  # the reader went away, for example `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.FAILED
+    except Exception as error:
+        log = _write_crash_log(error)
+        console.error(f"An unexpected error happened ({type(error).__name__}); please report it with the log {log}")
+        return ExitCode.FAILED
+
+
+@contextmanager
+def _stoppable(cancel: CancelToken) -> Iterator[None]:
+    """Ctrl-C and a polite kill stop the run once; further ones do not disturb the cleaning up."""
+
+    def stop(number: int, frame: object) -> None:
+        if not cancel.cancelled:
+            cancel.cancel()
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # the caller handles signals
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lctfound", description="Lung CT: 21 anatomical structures. Research use only."
+    )
+    parser.add_argument("--version", action="version", version=f"LCTfound {LCTfoundLib.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_segment_lungs(commands)
+    _add_demo(commands)
+    _add_doctor(commands)
+    _add_weights(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:
+    """A subcommand with the options that all have."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("--jsonl", action="store_true", help="write one JSON object a line to standard output")
+    parser.add_argument("--weights-folder", type=Path, help="take the weights from here")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_case_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="default: the fastest")
+    parser.add_argument("--quality", choices=["fast", "standard", "full"], default="standard")
+    parser.add_argument("--format", default="", metavar="A,B,...", help="what to write (default: all)")
+
+
+def _add_segment_lungs(commands: Any) -> None:
+    text = "Segment airway, artery, vein, lobes and the 18 segments of a chest CT."
+    parser = _command(commands, "segment-lungs", _segment_lungs, text)
+    parser.add_argument("input", type=Path, metavar="IN", help="DICOM folder, NIfTI, NRRD or MHA file")
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder for the result")
+    parser.add_argument("--batch", action="store_true", help="IN is a folder of studies; finished ones are skipped")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    _add_case_options(parser)
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _command(commands, "demo", _demo, "Segment the CT of a real patient (LIDC-IDRI-0001).")
+    parser.add_argument("output", type=Path, nargs="?", default=Path("output/demo"), metavar="OUT")
+    _add_case_options(parser)
+
+
+def _add_doctor(commands: Any) -> None:
+    _command(commands, "doctor", _doctor, "Show hardware, weights, what will run where, and how long it will take.")
+
+
+def _add_weights(commands: Any) -> None:
+    parser = _command(commands, "weights", _weights, "List the weights, show a card, verify the checksums.")
+    parser.add_argument("action", choices=["list", "show", "verify"], nargs="?", default="list")
+    parser.add_argument("name", nargs="?", help="name of a weight (default: all)")
+
+
+def _options(arguments: argparse.Namespace) -> CaseOptions:
+    formats = tuple(part.strip() for part in arguments.format.split(",") if part.strip())
+    return CaseOptions(arguments.device, arguments.quality, formats, arguments.weights_folder)
+
+
+def _segment_lungs(arguments: argparse.Namespace, console: Console, engine: Engine | None) -> int:
+    if arguments.batch:
+        return _segment_batch(arguments, console, engine)
+    engine, progress = engine or real_engine(), console.progress()
+    record, _ = run_case(arguments.input, arguments.output, _options(arguments), engine, progress, arguments.overwrite)
+    _tell_result(arguments.output, record, console)
+    return ExitCode.DONE
+
+
+def _segment_batch(arguments: argparse.Namespace, console: Console, engine: Engine | None) -> int:
+    from LCTfoundLib.batch import SUMMARY, Status, find_studies, run_batch
+
+    studies = find_studies(arguments.input, arguments.output)
+    failed = 0
+    outcomes = run_batch(
+        studies,
+        arguments.output,
+        _options(arguments),
+        engine or real_engine(),
+        lambda number, study: console.progress(f"[{number}/{len(studies)}] {study.name}: "),
+        arguments.overwrite,
+    )
+    for outcome in outcomes:
+        folder = arguments.output / outcome.study.name
+        if outcome.status is Status.FAILED:
+            failed += 1
+            console.event("failed", case=outcome.study.name, message=outcome.message)
+            console.note(f"{outcome.study.name}: failed: {outcome.message}")
+        else:
+            console.result(folder, case=outcome.study.name, status=outcome.status.value)
+    console.note(f"{len(studies) - failed} of {len(studies)} studies have a result; see {arguments.output / SUMMARY}")
+    return ExitCode.FAILED if failed else ExitCode.DONE
+
+
+def _demo(arguments: argparse.Namespace, console: Console, engine: Engine | None) -> int:
+    from LCTfoundLib import demo
+
+    console.note("Fetching the demo's CT (35 MB, once) ...")
+    case = demo.fetch_case(demo.cache_folder())
+    engine, progress = engine or real_engine(), console.progress()
+    record, result = run_case(
+        case.ct, arguments.output, _options(arguments), engine, progress, overwrite=True, name=demo.CASE
+    )
+    rows = demo.compare_case(result, case)
+    console.event("agreement", rows=[asdict(row) for row in rows], note=demo.NO_TRUTH)
+    console.text(f"{demo.volume_table(record)}\n\n{demo.agreement_table(rows)}\n\n{demo.ATTRIBUTION}\n")
+    for path, what in demo.things_to_look_at(arguments.output):
+        console.text(f"{what:<28}{path}")
+    _tell_result(arguments.output, record, console)
+    return ExitCode.DONE
+
+
+def _doctor(arguments: argparse.Namespace, console: Console, engine: Engine | None) -> int:
+    from LCTfoundLib.doctor import Verdict, checks_table, examine
+
+    checks = examine(Path.cwd(), arguments.weights_folder)
+    for check in checks:
+        console.event("check", what=check.what, value=check.value, verdict=check.verdict.value)
+    console.text(checks_table(checks))
+    problems = sum(check.verdict is Verdict.PROBLEM for check in checks)
+    if problems:
+        console.error(f"{problems} of the checks found a problem (marked X).")
+    return ExitCode.USER_ERROR if problems else ExitCode.DONE
+
+
+def _weights(arguments: argparse.Namespace, console: Console, engine: Engine | None) -> int:
+    from LCTfoundLib.doctor import weights_table
+    from LCTfoundLib.errors import WeightError
+    from LCTfoundLib.weights.registry import list_weights, search_folders, verify
+
+    folders = search_folders(arguments.weights_folder)
+    entries = [entry for entry in list_weights(folders) if arguments.name in (None, entry.name)]
+    if not entries:
+        wanted = f"weight '{arguments.name}'" if arguments.name else "weight"
+        raise WeightError(
+            f"There is no {wanted} in {', '.join(map(str, folders)) or 'any folder'}; see `weights list`."
+        )
+    problems = {entry.name: verify(entry) if arguments.action == "verify" else entry.problem for entry in entries}
+    if arguments.action == "list":
+        console.text(weights_table(entries))
+    for entry in entries:
+        problem, card = problems[entry.name], json.loads(entry.card.to_json()) if entry.card else None
+        console.event("weight", name=entry.name, path=str(entry.path), problem=problem, card=card)
+        if arguments.action == "show":
+            console.text(problem or json.dumps(card, indent=2, ensure_ascii=False))
+        elif arguments.action == "verify":
+            console.text(f"{entry.name}: {problem or 'as its card says'}")
+    return ExitCode.USER_ERROR if any(problems.values()) else ExitCode.DONE
+
+
+def _tell_result(folder: Path, record: CaseRecord, console: Console) -> None:
+    for finding in record.findings:
+        console.note(f"Note: {finding}")
+    console.note(f"Done in {record.seconds['total']:.0f} s, peak memory {record.peak_memory_mb / 1000:.1f} GB.")
+    console.result(folder, seconds=record.seconds, peak_memory_mb=record.peak_memory_mb, findings=record.findings)
+
+
+def _write_crash_log(error: Exception) -> Path:
+    folder = Path(tempfile.gettempdir())
+    log = folder / f"lctfound-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    lines = [f"LCTfound {LCTfoundLib.__version__}, Python {sys.version}", f"arguments: {sys.argv[1:]}", ""]
+    log.write_text("\n".join(lines) + "".join(traceback.format_exception(error)), encoding="utf-8")
+    return log
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

@@ -1,0 +1,39 @@
+"""What all tests share: the repository on the path, and small chests to work on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+if str(REPOSITORY) not in sys.path:
+    sys.path.insert(0, str(REPOSITORY))
+
+from LCTfoundLib.volume import Volume  # noqa: E402
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Fresh random input in each run; the seed is shown when a test fails."""
+    seed = int(np.random.SeedSequence().entropy) % 2**32  # type: ignore[arg-type]
+    request.node.user_properties.append(("seed", seed))
+    print(f"random seed {seed}")
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session")
+def simple_chest() -> Volume:
+    """A CT of ellipsoids (HU, canonical, 4 mm): body, two lungs, trachea. For tests that need no anatomy."""
+    shape, spacing = (60, 64, 88), 4.0
+    k, j, i = np.indices(shape, dtype=np.float32)
+    x, y, z = (i - 43.5) * spacing, (j - 31.5) * spacing, (k - 29.5) * spacing
+    hu = np.full(shape, -1000, np.int16)
+    hu[(x / 170) ** 2 + (y / 120) ** 2 < 1] = 40
+    for side in (-1, 1):  # the patient's right is at negative x
+        hu[((x - side * 75) / 55) ** 2 + (y / 80) ** 2 + (z / 105) ** 2 < 1] = -850
+    hu[(x**2 + (y + 20) ** 2 < 9**2) & (z > 10)] = -990
+    noise = np.random.default_rng(0).normal(0, 15, shape)
+    return Volume((hu + noise).astype(np.int16), (spacing,) * 3, (-174.0, -126.0, -118.0), metadata={"Modality": "CT"})

@@ -1,0 +1,184 @@
+"""Sampling an anatomy's label map on any grid: smooth at finer spacing, consistent between a crop and the whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+from LCTfoundLib.volume import Volume
+
+__all__ = ["LUNG_CODE", "Frame", "sample_labels", "uniform_blocks"]
+
+#: Joint codes: organs keep theirs, a lung voxel is ``LUNG_CODE`` + segment (0-18).
+LUNG_CODE = 32
+_CODES = 64
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A canonical voxel grid with a spacing per axis.
+
+    Attributes:
+        origin: LPS mm of voxel (0, 0, 0), (x, y, z).
+        step: mm along x, y, z.
+        shape: (k, j, i).
+    """
+
+    origin: tuple[float, float, float]
+    step: tuple[float, float, float]
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def of_box(cls, low: np.ndarray, high: np.ndarray, step: tuple[float, float, float]) -> Frame:
+        """The grid whose voxels tile a box (LPS mm)."""
+        size = np.maximum(1, np.round((np.asarray(high) - np.asarray(low)) / step).astype(int))
+        origin = np.asarray(low) + np.asarray(step) / 2
+        x, y, z = (float(v) for v in origin)
+        return cls((x, y, z), step, (int(size[2]), int(size[1]), int(size[0])))
+
+    @property
+    def voxel(self) -> float:
+        """Geometric mean of the steps, mm."""
+        return float(np.cbrt(np.prod(self.step)))
+
+    def grown(self, voxels: tuple[int, int, int]) -> Frame:
+        """With a margin of whole voxels along x, y, z on both sides."""
+        x, y, z = (o - n * s for o, n, s in zip(self.origin, voxels, self.step, strict=True))
+        k, j, i = (n + 2 * v for n, v in zip(self.shape, voxels[::-1], strict=True))
+        return Frame((x, y, z), self.step, (k, j, i))
+
+    def split_slices(self, parts: int) -> Frame:
+        """Each slice cut into ``parts`` thinner ones around the same center."""
+        step = self.step[2] / parts
+        start = self.origin[2] - step * (parts - 1) / 2
+        k, j, i = self.shape
+        return Frame((self.origin[0], self.origin[1], start), (self.step[0], self.step[1], step), (k * parts, j, i))
+
+    def axis(self, axis: int) -> np.ndarray:
+        """LPS mm of the voxel centers along x (0), y (1) or z (2); float64."""
+        return self.origin[axis] + self.step[axis] * np.arange(self.shape[2 - axis])
+
+    def volume(self, array: np.ndarray) -> Volume:
+        """An array [k, j, i] on this grid as a canonical volume."""
+        return Volume(array, self.step, self.origin)
+
+
+def uniform_blocks(codes: np.ndarray) -> np.ndarray:
+    """Bool [k, j, i]: whether the 4x4x4 block from one voxel before to two after holds a single code."""
+    low = high = codes
+    for axis in range(3):
+        low, high = _window(low, axis, np.minimum), _window(high, axis, np.maximum)
+    return low == high
+
+
+def _window(array: np.ndarray, axis: int, function: np.ufunc) -> np.ndarray:
+    """``function`` over the window [-1, +2] along an axis, clamped at the ends."""
+    moved = np.moveaxis(array, axis, 0)
+    padded = np.concatenate([moved[:1], moved, moved[-1:], moved[-1:]])
+    count = len(moved)
+    pair = function(padded[:-1], padded[1:])
+    result = function(pair[:count], pair[2 : count + 2])
+    return np.moveaxis(result, 0, axis)
+
+
+def sample_labels(
+    codes: np.ndarray, uniform: np.ndarray, source: Frame, frame: Frame, means: np.ndarray, want_hu: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and mean HU of a joint code map on another grid.
+
+    Cubic B-spline weights of each class's indicator decide: smooth surfaces instead of enlarged voxels. Lung
+    competes with the organs as one class, then its segments among themselves.
+
+    Args:
+        codes: uint8 [k, j, i] joint codes on ``source``.
+        uniform: of ``uniform_blocks``.
+        means: (64,) float32, HU per joint code.
+        want_hu: False leaves the second result empty.
+
+    Returns:
+        uint8 joint codes and float32 HU (partial volume at the surfaces), both [k, j, i] on ``frame``.
+    """
+    tables = [_weights(frame.axis(axis), source.origin[axis], source.step[axis]) for axis in (2, 1, 0)]
+    labels = np.zeros(frame.shape, np.uint8)
+    hu = np.zeros(frame.shape if want_hu else (0, 0, 0), np.float32)
+    (bk, wk), (bj, wj), (bi, wi) = tables
+    _vote(codes, uniform, bk, wk, bj, wj, bi, wi, means.astype(np.float32), labels, hu, want_hu)
+    return labels, hu
+
+
+def _weights(positions: np.ndarray, origin: float, step: float) -> tuple[np.ndarray, np.ndarray]:
+    """Base index (before the position) and the four cubic B-spline weights at each position."""
+    u = (positions - origin) / step
+    base = np.floor(u + 1e-9).astype(np.int64)
+    f = np.clip(u - base, 0.0, 1.0)
+    weights = np.stack(
+        [(1 - f) ** 3 / 6, (3 * f**3 - 6 * f**2 + 4) / 6, (-3 * f**3 + 3 * f**2 + 3 * f + 1) / 6, f**3 / 6], axis=1
+    )
+    return base, weights.astype(np.float32)
+
+
+@njit(cache=True, fastmath=True)
+def _vote(codes, uniform, bk, wk, bj, wj, bi, wi, means, labels, hu, want_hu):  # type: ignore[no-untyped-def]
+    nk, nj, ni = codes.shape
+    total = np.zeros(_CODES, np.float32)
+    seen = np.zeros(64, np.uint8)
+    for k in range(labels.shape[0]):
+        for j in range(labels.shape[1]):
+            y = bj[j]
+            for i in range(labels.shape[2]):
+                x, z = bi[i], bk[k]
+                if x < -1 or y < -1 or x >= ni or y >= nj:
+                    labels[k, j, i] = 0
+                    if want_hu:
+                        hu[k, j, i] = means[0]
+                    continue
+                zc, yc, xc = min(max(z, 0), nk - 1), min(max(y, 0), nj - 1), min(max(x, 0), ni - 1)
+                if uniform[zc, yc, xc]:
+                    code = codes[zc, yc, xc]
+                    labels[k, j, i] = code
+                    if want_hu:
+                        hu[k, j, i] = means[code]
+                    continue
+                count = 0
+                mix = np.float32(0.0)
+                for dz in range(4):
+                    z = min(max(bk[k] + dz - 1, 0), nk - 1)
+                    for dy in range(4):
+                        yy = min(max(y + dy - 1, 0), nj - 1)
+                        wzy = wk[k, dz] * wj[j, dy]
+                        if wzy <= 0:
+                            continue
+                        for dx in range(4):
+                            w = wzy * wi[i, dx]
+                            if w <= 0:
+                                continue
+                            code = codes[z, yy, min(max(x + dx - 1, 0), ni - 1)]
+                            if total[code] == 0:
+                                seen[count] = code
+                                count += 1
+                            total[code] += w
+                            mix += w * means[code]
+                labels[k, j, i] = _winner(total, seen, count)
+                if want_hu:
+                    hu[k, j, i] = mix
+
+
+@njit(cache=True)
+def _winner(total, seen, count):  # type: ignore[no-untyped-def]
+    """The class with most weight; empties ``total`` for the next voxel."""
+    lung = np.float32(0.0)
+    organ, organ_weight = 0, np.float32(-1.0)
+    segment, segment_weight = 0, np.float32(-1.0)
+    for index in range(count):
+        code = seen[index]
+        weight = total[code]
+        total[code] = 0
+        if code >= LUNG_CODE:
+            lung += weight
+            if weight > segment_weight:
+                segment, segment_weight = code, weight
+        elif weight > organ_weight:
+            organ, organ_weight = code, weight
+    return segment if lung >= organ_weight else organ
