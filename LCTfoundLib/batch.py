@@ -15,6 +15,9 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydicom import dcmread
+from pydicom.errors import InvalidDicomError
+
 from LCTfoundLib.anatomy.structures import STRUCTURES, Lobe
 from LCTfoundLib.case import (
     CaseOptions,
@@ -54,7 +57,7 @@ class Status(Enum):
 
 @dataclass(frozen=True)
 class Study:
-    """A CT to segment: an image file, or a folder that directly holds DICOM files; ``name`` is unique in a batch."""
+    """A CT to segment: an image file, or a folder of DICOM files; ``name`` is unique in a batch."""
 
     name: str
     source: Path
@@ -74,22 +77,27 @@ class CaseOutcome:
 def find_studies(root: Path, output: Path) -> list[Study]:
     """All studies below ``root``, without hidden places and without ``output``.
 
+    Folders side by side that hold series of one DICOM study count as one: reading then takes its best chest series.
+
     Raises:
         UnsuitableImage: ``root`` is no folder, or there is none.
     """
     if not root.is_dir():
         raise UnsuitableImage(f"{root} is no folder; --batch wants a folder of studies.")
+    ours = output.resolve()
     sources: list[Path] = []
+    series: list[Path] = []
     for place, folders, files in os.walk(root):
         folder = Path(place)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and (folder / name) != output)
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and (folder / n).resolve() != ours)
         visible = sorted(name for name in files if not name.startswith("."))
         sources += [folder / name for name in visible if _is_image(name)]
         if _holds_dicom(folder, visible):
-            sources.append(folder)
+            series.append(folder)
+    sources += _merge_series(series, root)
     if not sources:
         raise UnsuitableImage(f"There is no CT in {root}; put DICOM folders, NIfTI, NRRD or MHA files there.")
-    return _named(sources, root)
+    return _named(sorted(sources), root)
 
 
 def run_batch(
@@ -150,6 +158,31 @@ def _has_dicom_mark(path: Path) -> bool:
             return file.read(132)[128:] == b"DICM"
     except OSError:
         return False
+
+
+def _merge_series(folders: Sequence[Path], root: Path) -> list[Path]:
+    """The folders, but one parent for those beneath it when they are all series of one study."""
+    by_parent: dict[Path, list[Path]] = {}
+    for folder in folders:
+        by_parent.setdefault(folder.parent if folder != root else folder, []).append(folder)
+    merged: list[Path] = []
+    for parent, children in by_parent.items():
+        studies = {_study_of(child) for child in children}
+        one_study = len(children) > 1 and len(studies) == 1 and None not in studies
+        merged += [parent] if one_study else children
+    return merged
+
+
+def _study_of(folder: Path) -> str | None:
+    """The study's identifier in the first DICOM file of a folder; None where it has none."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and (path.suffix.lower() == ".dcm" or _has_dicom_mark(path)):
+            try:
+                header = dcmread(path, stop_before_pixels=True, specific_tags=["StudyInstanceUID"], force=True)
+                return str(header.get("StudyInstanceUID", "")) or None
+            except (OSError, InvalidDicomError, ValueError):
+                return None
+    return None
 
 
 def _named(sources: Sequence[Path], root: Path) -> list[Study]:

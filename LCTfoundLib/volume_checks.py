@@ -1,4 +1,4 @@
-"""Is this a CT in HU that holds lungs? What can be mended is mended with a warning, the rest is refused with a remedy."""
+"""Is this a CT in HU that holds lungs? What can be mended is, with a warning; the rest is refused with a remedy."""
 
 from __future__ import annotations
 
@@ -42,19 +42,20 @@ def check_ct(ct: Volume) -> Volume:
     Raises:
         UnsuitableImage: too few slices, too small or coarse, not in HU, without an air-filled lung.
     """
+    modality = ct.metadata.get("Modality", "CT")
+    if modality != "CT":
+        raise UnsuitableImage(f"This is a {modality} image; give a CT of the chest.")
     _check_geometry(ct)
     array, not_finite = _as_int16(ct.array)
     checked = ct.with_array(array)
     if not_finite:
         add_warning(checked, f"{not_finite} voxels without a value were set to air.")
-    modality = ct.metadata.get("Modality", "CT")
-    if modality != "CT":
-        raise UnsuitableImage(f"This is a {modality} image; give a CT of the chest.")
-    if _is_offset(_sample(array), ct.array.dtype):
+    _check_scale(ct.array)
+    if _is_offset(_sample(array)):
         _subtract(array, _OFFSET)
         add_warning(checked, f"The values were {_OFFSET} above HU (stored without their intercept); it was corrected.")
     np.maximum(array, AIR, out=array)
-    _check_hu(_sample(array), ct)
+    _check_hu(_sample(array))
     _check_lungs(checked)
     return checked
 
@@ -89,17 +90,21 @@ def _check_geometry(ct: Volume) -> None:
 
 def _as_int16(array: np.ndarray) -> tuple[np.ndarray, int]:
     """Rounded and clipped copy, and the number of values that were not finite."""
+    if array.dtype == np.int16:
+        return np.array(array, order="C"), 0
     result = np.empty(array.shape, np.int16)
     step = max(1, _CHUNK_VOXELS // (array.shape[1] * array.shape[2]))
     not_finite = 0
+    low, high = -32768, 32767
+    if np.issubdtype(array.dtype, np.integer):  # clipping is to types that hold the limits
+        low, high = max(low, np.iinfo(array.dtype).min), min(high, np.iinfo(array.dtype).max)
     for first in range(0, array.shape[0], step):
         part = array[first : first + step]
         if np.issubdtype(array.dtype, np.floating):
             bad = ~np.isfinite(part)
             not_finite += int(bad.sum())
-            # Between the scales 0-1 and HU rounding must not hide the difference: see _check_scale.
             part = np.rint(np.where(bad, AIR, part))
-        result[first : first + step] = np.clip(part, -32768, 32767)
+        result[first : first + step] = np.clip(part, low, high)
     if not_finite > _MAX_NOT_FINITE * array.size:
         share = 100 * not_finite / array.size
         raise UnsuitableImage(f"{share:.1f} % of the values are no numbers; export the CT again from its source.")
@@ -129,15 +134,16 @@ class _Shares:
         return self.air > 0.01 and self.soft > 0.02
 
 
-def _is_offset(sample: np.ndarray, dtype: np.dtype) -> bool:
+def _is_offset(sample: np.ndarray) -> bool:
     """Whether adding 1024 explains the values: none is negative, and air and soft tissue lie where they then would."""
-    low = np.percentile(sample, 0.1)
-    if low < -100 or _Shares.of(sample).like_ct:
+    if np.percentile(sample, 0.1) < -100 or _Shares.of(sample).like_ct:
         return False
     shares = _Shares.of(sample, _OFFSET)
-    # In CT few voxels lie between lung and fat; in MR the values spread.
-    between = float(np.mean((sample > _OFFSET - 500) & (sample < _OFFSET - 200)))
-    return shares.like_ct and shares.soft > 2 * between and np.percentile(sample, 99.9) > _OFFSET + 100
+    hu = sample.astype(np.int32) - _OFFSET
+    # In a CT fat and muscle make a narrow peak, and little lies between it and the lung; in MR the values spread.
+    peak = float(np.mean((hu > -140) & (hu < 110)))
+    between, above = float(np.mean((hu > -500) & (hu < -200))), float(np.mean(hu > 200))
+    return shares.like_ct and peak > 0.7 * shares.soft and shares.soft > 2 * between and shares.soft > 2 * above
 
 
 def _subtract(array: np.ndarray, value: int) -> None:
@@ -145,36 +151,40 @@ def _subtract(array: np.ndarray, value: int) -> None:
     np.subtract(array, np.int16(value), out=array)
 
 
-def _check_hu(sample: np.ndarray, ct: Volume) -> None:
-    low, high = (float(x) for x in np.percentile(sample, [0.1, 99.9]))
-    scale = _known_scale(ct.array)
+def _check_scale(array: np.ndarray) -> None:
+    """Refuse the usual scales of exported gray values."""
+    sample = _sample(array)
+    sample = sample[np.isfinite(sample)]
+    low, high = (float(sample.min()), float(sample.max())) if sample.size else (0.0, 0.0)
+    scale = ""
+    if low == high:
+        scale = f"all {low:g}"
+    elif low >= -1.5 and high <= 1.5:
+        scale = "normalized to about 0-1"
+    elif low >= 0 and high <= 255:
+        scale = "8-bit gray values (0-255)"
+    elif low > -20 and high < 20:
+        scale = f"standardized ({low:.1f} to {high:.1f})"
     if scale:
         raise UnsuitableImage(f"The values are {scale}, not HU; export the original CT series without rescaling.")
+
+
+def _check_hu(sample: np.ndarray) -> None:
+    low, high = (float(x) for x in np.percentile(sample, [0.1, 99.9]))
     shares = _Shares.of(sample)
-    if shares.like_ct and high > 100:
+    if shares.like_ct:
         return
-    if low > -500 or shares.soft <= 0.02:
+    if low > -500:
         raise UnsuitableImage(
-            f"The values ({low:.0f} to {high:.0f}) are not the HU of a CT (MR, or rescaled or windowed gray values?); "
+            f"The values ({low:.0f} to {high:.0f}) hold no air, so this is no chest CT in HU (an MR, rescaled or "
+            "windowed gray values, or no lung in view?); give the original CT series of the chest."
+        )
+    if shares.soft <= 0.02:
+        raise UnsuitableImage(
+            f"The values ({low:.0f} to {high:.0f}) hold no soft tissue, so this is no CT in HU; "
             "export the original CT series."
         )
     raise UnsuitableImage("There is no air-filled lung in view; give a CT of the chest.")
-
-
-def _known_scale(array: np.ndarray) -> str:
-    """The usual scales of exported gray values; empty when it is none of them."""
-    sample = _sample(array)
-    with np.errstate(invalid="ignore"):
-        low, high = float(np.nanmin(sample)), float(np.nanmax(sample))
-    if low == high:
-        return f"all {low:g}"
-    if low >= -1.5 and high <= 1.5:
-        return "normalized to about 0-1"
-    if low >= 0 and high <= 255:
-        return "8-bit gray values (0-255)"
-    if low > -20 and high < 20:
-        return f"standardized ({low:.1f} to {high:.1f})"
-    return ""
 
 
 def _check_lungs(ct: Volume) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
+from pydicom.uid import ImplicitVRLittleEndian
 
 from LCTfoundLib.errors import Cancelled, UnsuitableImage
 from LCTfoundLib.runtime.progress import Progress
@@ -88,7 +89,7 @@ class _Slice:
 
     @property
     def is_localizer(self) -> bool:
-        return "LOCALIZER" in [str(part).upper() for part in self.header.get("ImageType", None) or []]
+        return "LOCALIZER" in _image_type(self.header)
 
     def same_kind(self, other: _Slice) -> bool:
         """Whether both can be slices of one volume."""
@@ -190,10 +191,25 @@ def _header(path: Path) -> Dataset | None:
         with python_warnings.catch_warnings():
             python_warnings.simplefilter("ignore")
             header = pydicom.dcmread(path, stop_before_pixels=True, force=not marked, specific_tags=list(_HEADER_TAGS))
+            _drop_unreadable(header)
             return header if "SOPClassUID" in header or "Modality" in header else None
     except Exception:
         _log.info("%s is no readable DICOM file", path.name)
         return None
+
+
+def _drop_unreadable(header: Dataset) -> None:
+    """Values are decoded when they are first asked for; do that now, where it may fail."""
+    for tag in list(header.keys()):
+        try:
+            header[tag]
+        except Exception:
+            del header[tag]
+
+
+def _image_type(header: Dataset) -> list[str]:
+    value = header.get("ImageType") or []
+    return [str(part).upper() for part in ([value] if isinstance(value, str) else value)]
 
 
 def _is_gray_image(header: Dataset) -> bool:
@@ -271,7 +287,7 @@ def _preference(group: list[_Slice]) -> tuple[bool, int, bool, int]:
     said = " ".join(str(header.get(key, "")) for key in ("BodyPartExamined", "SeriesDescription", "ProtocolName"))
     chest = any(word in said.lower() for word in _CHEST_WORDS)
     other = any(word in said.lower() for word in _OTHER_WORDS)
-    original = str((header.get("ImageType", None) or ["ORIGINAL"])[0]).upper() != "DERIVED"
+    original = "DERIVED" not in _image_type(header)
     enough = len(group) >= 10  # a few images of a marked finding are no scan
     return axial and enough, int(chest) - int(other and not chest), original, len(group)
 
@@ -399,6 +415,8 @@ def _raw_pixels(path: Path) -> tuple[np.ndarray, bool]:
             dataset = pydicom.dcmread(path, force=True)
             if int(dataset.get("NumberOfFrames", 1) or 1) * int(dataset.Rows) * int(dataset.Columns) > MAX_VOXELS:
                 raise UnsuitableImage(f"{path.name} is too large; crop it to the chest.")
+            if "TransferSyntaxUID" not in dataset.file_meta:  # old files without preamble
+                dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
             return dataset.pixel_array, False
     except (UnsuitableImage, Cancelled, MemoryError):
         raise
@@ -421,11 +439,8 @@ def _pixels_by_sitk(path: Path) -> np.ndarray:
 
 
 def _to_hu(raw: np.ndarray, item: _Slice) -> np.ndarray:
-    whole = float(item.slope).is_integer() and float(item.intercept).is_integer()
-    if whole:
-        hu = raw.astype(np.int32) * int(item.slope) + int(item.intercept)
-    else:
-        hu = np.rint(raw.astype(np.float32) * item.slope + item.intercept)
+    # float32 holds every product of 16 bits with a whole slope exactly.
+    hu = raw.astype(np.float32) * np.float32(item.slope) + np.float32(item.intercept)
     padding = _padding(raw, item.header)
     if padding is not None:
         hu[padding] = AIR
@@ -442,14 +457,14 @@ def _padding(raw: np.ndarray, header: Dataset) -> np.ndarray | None:
         high = int(header.get("PixelPaddingRangeLimit", low))
     except (AttributeError, TypeError, ValueError):
         return None
-    if int(header.get("PixelRepresentation", 0)) == 1:  # some files store the signed value as unsigned
+    if raw.dtype.kind == "i":  # some files store the signed value as unsigned
         low, high = (value - 65536 if value > 32767 else value for value in (low, high))
     padded = (raw >= min(low, high)) & (raw <= max(low, high))
     return padded if padded[[0, 0, -1, -1], [0, -1, 0, -1]].any() else None
 
 
 def _clip(hu: np.ndarray) -> np.ndarray:
-    return np.clip(hu, -32768, 32767).astype(np.int16)
+    return np.clip(np.rint(hu.astype(np.float32)), -32768, 32767).astype(np.int16)
 
 
 class _Stack:

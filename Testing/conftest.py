@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -13,6 +14,9 @@ if str(REPOSITORY) not in sys.path:
     sys.path.insert(0, str(REPOSITORY))
 
 from LCTfoundLib.volume import Volume  # noqa: E402
+
+if TYPE_CHECKING:
+    from training.phantom.render import Rendered
 
 
 @pytest.fixture
@@ -37,3 +41,22 @@ def simple_chest() -> Volume:
     hu[(x**2 + (y + 20) ** 2 < 9**2) & (z > 10)] = -990
     noise = np.random.default_rng(0).normal(0, 15, shape)
     return Volume((hu + noise).astype(np.int16), (spacing,) * 3, (-174.0, -126.0, -118.0), metadata={"Modality": "CT"})
+
+
+@pytest.fixture(scope="session")
+def phantom_case() -> Rendered:
+    """A synthetic patient with exact labels, scanned at 2.5 mm; made once for all tests."""
+    from training.phantom.render import phantom
+
+    return phantom(seed=20, spacing=2.5)
+
+
+@pytest.fixture(scope="session")
+def shipped_weights() -> None:
+    """Skips what needs the weights of lung segmentation while they are not there."""
+    from LCTfoundLib.networks.lung import COARSE, FINE
+    from LCTfoundLib.weights.registry import list_weights
+
+    missing = {COARSE, FINE} - {entry.name for entry in list_weights()}
+    if missing:
+        pytest.skip(f"the weights {', '.join(sorted(missing))} are not there yet")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import signal
+import os
 import time
 from dataclasses import replace
 from enum import Enum
@@ -19,14 +19,34 @@ from pathlib import Path
 
 import numpy as np
 
+from LCTfoundLib.anatomy.structures import Context
 from LCTfoundLib.networks.inputs import LungBox
 from training.losses import IGNORE
-from training.phantom.render import Rendered, Scan, make_patient, render
+from training.phantom.render import Patient, Rendered, Scan, make_patient, render
+from training.phantom.thorax import Organ
 from training.samples import Pool, Sample
 
 __all__ = ["Kind", "coarse_samples", "fine_samples", "main"]
 
-Triple = tuple[float, float, float]
+_CONTEXT: dict[Context, tuple[Organ, ...]] = {
+    Context.HEART: (
+        Organ.MYOCARDIUM,
+        Organ.LEFT_VENTRICLE,
+        Organ.RIGHT_VENTRICLE,
+        Organ.LEFT_ATRIUM,
+        Organ.RIGHT_ATRIUM,
+    ),
+    Context.AORTA: (Organ.AORTA,),
+    Context.VENA_CAVA: (Organ.VENA_CAVA,),
+    Context.ESOPHAGUS: (Organ.ESOPHAGUS,),
+    Context.BONE: (Organ.BONE_CORTEX, Organ.BONE_MARROW),
+    Context.UPPER_ABDOMEN_RIGHT: (Organ.LIVER,),
+    Context.UPPER_ABDOMEN_LEFT: (Organ.STOMACH, Organ.SPLEEN),
+}
+#: Lookup table: organ code (index) -> context code of the coarse net's first head.
+_CONTEXT_OF_ORGAN = np.zeros(256, dtype=np.uint8)
+for _context, _organs in _CONTEXT.items():
+    _CONTEXT_OF_ORGAN[list(_organs)] = _context
 
 
 class Kind(Enum):
@@ -48,7 +68,7 @@ def coarse_samples(seed: int, scans: int = 2, spacing: float = 3.0) -> list[Samp
     return samples
 
 
-def fine_samples(seed: int, boxes: int = 8, size: int = 104) -> list[Sample]:
+def fine_samples(seed: int, boxes: int = 10, size: int = 88) -> list[Sample]:
     """Boxes of ``size`` voxels at 0.9-1.5 mm of one patient, over the lungs, a third of them at a hilum."""
     rng = np.random.default_rng([seed, 2])
     patient = make_patient(seed, spacing=1.5)
@@ -67,7 +87,7 @@ def fine_samples(seed: int, boxes: int = 8, size: int = 104) -> list[Sample]:
     return samples
 
 
-def _fine_center(patient, inside: np.ndarray, rng: np.random.Generator) -> np.ndarray:  # type: ignore[no-untyped-def]
+def _fine_center(patient: Patient, inside: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """LPS mm: near a hilum or the carina in a third of the draws, else any lung voxel."""
     if rng.random() < 0.35:
         name = rng.choice(["hilum_right", "hilum_left", "carina"])
@@ -101,9 +121,7 @@ def _sample(rendered: Rendered, box: LungBox, margin_mm: float | None = None) ->
 
 def region_codes(segments: np.ndarray, organs: np.ndarray) -> np.ndarray:
     """Codes of the coarse net's first head: segments 1-18, ``Context`` 19-25."""
-    from training.phantom.organ_codes import CONTEXT_OF_ORGAN
-
-    return np.where(segments > 0, segments, CONTEXT_OF_ORGAN[organs]).astype(np.uint8)
+    return np.where(segments > 0, segments, _CONTEXT_OF_ORGAN[organs]).astype(np.uint8)
 
 
 def _cropped(sample: Sample, margin_mm: float) -> Sample:
@@ -129,7 +147,7 @@ def _cropped(sample: Sample, margin_mm: float) -> Sample:
 
 
 def _work(kind: Kind, pool: Pool, seeds: list[int]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(5)  # the trainer goes first
     make = coarse_samples if kind is Kind.COARSE else fine_samples
     for seed in seeds:
         for index, sample in enumerate(make(seed)):

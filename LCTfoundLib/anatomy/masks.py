@@ -5,6 +5,8 @@ Arrays are indexed ``[k, j, i]``; spacings are in ``Volume`` order (mm along i, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from scipy import ndimage
 
@@ -14,6 +16,7 @@ __all__ = [
     "CORNERS",
     "FACES",
     "Box",
+    "Probabilities",
     "Spacing",
     "bounding_box",
     "close_ball",
@@ -22,10 +25,8 @@ __all__ = [
     "coarse_grid",
     "crop",
     "dilate_ball",
-    "index_of",
     "largest_component",
     "paint_tube",
-    "points_of",
     "resample",
     "sample",
     "signed_distance",
@@ -33,6 +34,24 @@ __all__ = [
 
 Spacing = tuple[float, float, float]
 Box = tuple[slice, slice, slice]
+
+
+@dataclass
+class Probabilities:
+    """Probabilities of several structures on one canonical grid.
+
+    Attributes:
+        grid: the grid; its array is not used.
+        values: float (C, k, j, i), index = code.
+    """
+
+    grid: Volume
+    values: np.ndarray
+
+    def channel(self, code: int) -> Volume:
+        """The probability of one code, float32."""
+        return self.grid.with_array(self.values[code].astype(np.float32, copy=False))
+
 
 #: Neighborhoods: voxels that share a face (6) or at least a corner (26).
 FACES: np.ndarray = ndimage.generate_binary_structure(3, 1)
@@ -55,9 +74,8 @@ def bounding_box(mask: np.ndarray, spacing: Spacing = (1.0, 1.0, 1.0), margin_mm
 
 
 def crop(volume: Volume, box: Box) -> Volume:
-    """The part of a canonical volume in a box (a view), with its origin."""
-    x, y, z = (o + s * b.start for o, s, b in zip(volume.origin, volume.spacing, box[::-1], strict=True))
-    return Volume(volume.array[box], volume.spacing, (x, y, z), volume.direction, dict(volume.metadata))
+    """The part of a volume in a box (a view), with its origin."""
+    return volume.crop([side.start for side in box], [side.stop for side in box])
 
 
 def component_sizes(labels: np.ndarray) -> np.ndarray:
@@ -123,26 +141,16 @@ def signed_distance(mask: np.ndarray, spacing: Spacing) -> np.ndarray:
 # -- voxels and millimeters ------------------------------------------------------------------------------------------
 
 
-def points_of(index: np.ndarray, grid: Volume) -> np.ndarray:
-    """LPS mm (N, 3) of (fractional) voxel indices (N, 3) in order k, j, i."""
-    return np.asarray(index, dtype=float)[:, ::-1] * np.array(grid.spacing) + np.array(grid.origin)
-
-
-def index_of(points: np.ndarray, grid: Volume) -> np.ndarray:
-    """Fractional voxel indices (N, 3), order k, j, i, of LPS mm points (N, 3)."""
-    return ((np.asarray(points, dtype=float) - np.array(grid.origin)) / np.array(grid.spacing))[:, ::-1]
-
-
 def sample(volume: Volume, points: np.ndarray, order: int = 1, outside: float = 0.0) -> np.ndarray:
     """Values (N,) of a canonical volume at LPS mm points (N, 3)."""
     array = volume.array
     if order == 0:
-        index = np.rint(index_of(points, volume)).astype(int)
+        index = np.rint(volume.index_from_world(points)).astype(int)
         inside = ((index >= 0) & (index < np.array(array.shape))).all(axis=1)
         result = np.full(len(index), outside, dtype=np.result_type(array.dtype, type(outside)))
         result[inside] = array[tuple(index[inside].T)]
         return result
-    return ndimage.map_coordinates(array, index_of(points, volume).T, order=order, mode="constant", cval=outside)
+    return ndimage.map_coordinates(array, volume.index_from_world(points).T, order=order, mode="constant", cval=outside)
 
 
 # -- other grids -----------------------------------------------------------------------------------------------------
@@ -208,7 +216,7 @@ def paint_tube(mask: np.ndarray, points: np.ndarray, radius: np.ndarray, grid: V
         radius: (N,) mm.
     """
     points, radius = _densify(points, radius, min(grid.spacing) / 2)
-    index = index_of(points, grid)
+    index = grid.index_from_world(points)
     step = np.array(grid.spacing[::-1])
     shape = np.array(mask.shape)
     line = np.rint(index).astype(int)

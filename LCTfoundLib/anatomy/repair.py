@@ -20,9 +20,7 @@ from LCTfoundLib.anatomy.masks import (
     Spacing,
     component_sizes,
     dilate_ball,
-    index_of,
     paint_tube,
-    points_of,
 )
 from LCTfoundLib.anatomy.skeleton import SkeletonRule, airway_root, nearest_nodes, skeleton_graph
 from LCTfoundLib.volume import Volume
@@ -165,6 +163,7 @@ def repair_airway(
     Returns:
         An ``AirwayTree``; empty where nothing reaches ``high``.
     """
+    probability = probability.with_array(probability.array.astype(np.float32, copy=False))
     found = probability.with_array(hysteresis(probability.array, low, high))
     root = airway_root(found)
     if root is None:
@@ -185,13 +184,13 @@ def _component_at(mask: np.ndarray, root: np.ndarray, grid: Volume) -> tuple[np.
     if count < 2:
         return mask, 0
     index = np.argwhere(labels)
-    nearest = index[np.linalg.norm(points_of(index, grid) - root, axis=1).argmin()]
+    nearest = index[np.linalg.norm(grid.world_from_index(index) - root, axis=1).argmin()]
     tree = labels == labels[tuple(nearest)]
     return tree, int(np.count_nonzero(mask) - np.count_nonzero(tree))
 
 
 def _holds(mask: Volume, points: np.ndarray) -> bool:
-    index = np.rint(index_of(points, mask)).astype(int)
+    index = np.rint(mask.index_from_world(points)).astype(int)
     return bool(mask.array[tuple(np.clip(index, 0, np.array(mask.array.shape) - 1).T)].mean() > 0.5)
 
 
@@ -200,7 +199,9 @@ def branch_means(graph: TreeGraph, probability: Volume) -> np.ndarray:
     if not len(graph):
         return np.zeros(0)
     of_node = graph.branches().of_node
-    values = ndimage.map_coordinates(probability.array, index_of(graph.points, probability).T, order=1, mode="nearest")
+    values = ndimage.map_coordinates(
+        probability.array, probability.index_from_world(graph.points).T, order=1, mode="nearest"
+    )
     return (np.bincount(of_node, weights=values) / np.bincount(of_node))[of_node]
 
 
@@ -264,8 +265,6 @@ def link_gaps(
         links.append(link)
         group[group == second] = first
     return joined, links
-
-
 
 
 def _free_ends(graph: TreeGraph, component: np.ndarray, direction_mm: float) -> _Ends:
@@ -370,12 +369,10 @@ def _missing_evidence(
     return float(np.log(max(value, _FLOOR)) / np.log(_FLOOR))
 
 
-def _way(
-    graph: TreeGraph, ends: _Ends, proposal: _Proposal, mask: Volume, probability: np.ndarray | None
-) -> Link:
+def _way(graph: TreeGraph, ends: _Ends, proposal: _Proposal, mask: Volume, probability: np.ndarray | None) -> Link:
     """The minimum-cost way from a free end to a node, through -log probability."""
     start, end = graph.points[ends.node[proposal.end]], graph.points[proposal.node]
-    corners = np.rint(index_of(np.array([start, end]), mask)).astype(int)
+    corners = np.rint(mask.index_from_world(np.array([start, end]))).astype(int)
     corners = np.clip(corners, 0, np.array(mask.array.shape) - 1)
     low = np.maximum(corners.min(axis=0) - 4, 0)
     box = tuple(slice(a, b) for a, b in zip(low, corners.max(axis=0) + 5, strict=True))
@@ -386,7 +383,7 @@ def _way(
     voxels = np.array(search.traceback(tuple(corners[1] - low)))
     outside = ~inside[tuple(voxels.T)]
     mean = float(values[tuple(voxels.T)][outside].mean()) if outside.any() else 1.0
-    points = points_of(voxels + low, mask)
+    points = mask.world_from_index(voxels + low)
     points[0], points[-1] = start, end
     if len(points) > 4:
         points[1:-1] = ndimage.gaussian_filter1d(points, 1.5, axis=0, mode="nearest")[1:-1]
@@ -425,7 +422,7 @@ def remove_leaks(
     if not swollen:
         return result, []
     index = np.argwhere(result)
-    points = points_of(index, mask)
+    points = mask.world_from_index(index)
     owner = nearest_nodes(graph, points)
     leaks = []
     for branch, allowed in swollen.items():

@@ -11,7 +11,7 @@ from scipy.spatial import cKDTree
 from skimage.morphology import skeletonize
 
 from LCTfoundLib.anatomy.graph import Branches, TreeGraph
-from LCTfoundLib.anatomy.masks import CORNERS, FACES, bounding_box, crop, points_of
+from LCTfoundLib.anatomy.masks import CORNERS, FACES, bounding_box, crop
 from LCTfoundLib.volume import Volume
 
 __all__ = ["SkeletonRule", "airway_root", "nearest_nodes", "prune_spurs", "skeleton_graph", "smooth_points"]
@@ -40,9 +40,7 @@ class SkeletonRule:
     smooth_mm: float = 1.2
 
 
-def skeleton_graph(
-    mask: Volume, root: np.ndarray | None = None, rule: SkeletonRule | None = None
-) -> TreeGraph:
+def skeleton_graph(mask: Volume, root: np.ndarray | None = None, rule: SkeletonRule | None = None) -> TreeGraph:
     """The centerline tree of each connected component of a mask.
 
     Thinning after Lee et al. (1994). Loops (vessels that touch) are cut at their thinnest, longest place by a minimum
@@ -55,7 +53,8 @@ def skeleton_graph(
         rule: pruning and smoothing.
 
     Returns:
-        A forest, unlabeled; empty for an empty mask. Points are smoothed, so they are not at voxel centers.
+        A forest, unlabeled; empty for an empty mask. The tree of ``root`` (or the largest) comes first, so node 0 is its
+        root. Points are smoothed, so they are not at voxel centers.
     """
     rule = rule or SkeletonRule()
     box = bounding_box(mask.array, mask.spacing, 2 * max(mask.spacing))
@@ -64,7 +63,7 @@ def skeleton_graph(
     part = crop(mask, box)
     inside = np.ascontiguousarray(part.array > 0)
     index = np.argwhere(skeletonize(inside) > 0)
-    points = points_of(index, part)
+    points = part.world_from_index(index)
     border = _border_tree(inside, part)
     radius = border.query(points)[0]
     edges = _spanning_edges(index, inside.shape, points, radius)
@@ -85,7 +84,7 @@ def airway_root(mask: Volume) -> np.ndarray | None:
     sizes[0] = 0
     index = np.argwhere(labels == int(sizes.argmax()))
     top = index[index[:, 0] >= index[:, 0].max() - round(2.0 / mask.spacing[2])]
-    return points_of(top.mean(axis=0)[None], mask)[0]
+    return mask.world_from_index(top.mean(axis=0)[None])[0]
 
 
 # -- from voxels to a rooted forest ----------------------------------------------------------------------------------
@@ -95,7 +94,7 @@ def _border_tree(mask: np.ndarray, grid: Volume) -> cKDTree:
     """The background voxels that touch the mask: their distance is the radius, at far less cost than a distance map."""
     outside = ndimage.binary_dilation(mask, FACES) & ~mask
     # At the image's edge the tube goes on; its radius there is that of its sides.
-    return cKDTree(points_of(np.argwhere(outside), grid) if outside.any() else np.full((1, 3), np.inf))
+    return cKDTree(grid.world_from_index(np.argwhere(outside)) if outside.any() else np.full((1, 3), np.inf))
 
 
 def _spanning_edges(
@@ -118,9 +117,7 @@ def _spanning_edges(
     return (tree + tree.T).tocsr()
 
 
-def _rooted(
-    points: np.ndarray, radius: np.ndarray, edges: sparse.csr_matrix, root: np.ndarray | None
-) -> TreeGraph:
+def _rooted(points: np.ndarray, radius: np.ndarray, edges: sparse.csr_matrix, root: np.ndarray | None) -> TreeGraph:
     """Order a spanning forest from its roots."""
     count, component = connected_components(edges, directed=False)
     degree = np.diff(edges.indptr)
@@ -134,6 +131,8 @@ def _rooted(
     padded = sparse.csr_matrix((edges.data, edges.indices, np.append(edges.indptr, edges.nnz)), shape=links.shape)
     order, before = breadth_first_order(padded + links + links.T, above, directed=False)
     order = order[1:]
+    main = component[start] if root is not None else int(np.bincount(component).argmax())
+    order = order[np.argsort(component[order] != main, kind="stable")]
     place = np.full(above + 1, -1)
     place[order] = np.arange(len(order))
     return TreeGraph.from_parents(points[order], radius[order], place[before[order]])
@@ -233,7 +232,7 @@ def _radii(graph: TreeGraph, border: cKDTree, mask: np.ndarray, grid: Volume) ->
     """
     inscribed = border.query(graph.points)[0]
     inscribed = np.where(np.isfinite(inscribed), inscribed, min(grid.spacing)) + _OFF_AXIS * min(grid.spacing)
-    voxels = points_of(np.argwhere(mask), grid)
+    voxels = grid.world_from_index(np.argwhere(mask))
     owner = cKDTree(graph.points).query(voxels)[1]
     volume = np.bincount(owner, minlength=len(graph)) * float(np.prod(grid.spacing))
     lengths = graph.lengths()

@@ -97,8 +97,8 @@ class LungExport:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.segments.shape == self.trees.shape == self.ct.shape:
-            raise ValueError(f"shapes differ: {self.segments.shape}, {self.trees.shape}, {self.ct.shape}")
+        if not (self.segments.same_grid(self.ct) and self.trees.same_grid(self.ct)):
+            raise ValueError("segments and trees must lie on the grid of the CT")
 
 
 def export_all(

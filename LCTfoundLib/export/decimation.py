@@ -21,6 +21,8 @@ __all__ = ["decimate"]
 _CANDIDATE_SHARE = 0.5
 #: Independent sets taken per round on one ranking of the edges.
 _SETS_PER_ROUND = 4
+#: More sets are tried, up to this number, while all edges were refused.
+_MOST_ATTEMPTS = 40
 #: A face may turn by at most acos(0.3) = 72 degrees in a collapse.
 _LEAST_COSINE = 0.3
 #: Pull of the new point to the middle of its edge, relative to the quadric: makes flat places solvable and even.
@@ -52,13 +54,16 @@ def decimate(points: np.ndarray, faces: np.ndarray, target: int) -> tuple[np.nda
         Points (float64) and faces (int64) without unused points.
     """
     mesh = _Mesh(points.astype(np.float64), faces.astype(np.int64), _vertex_quadrics(points, faces))
+    share = _CANDIDATE_SHARE
     while len(mesh.faces) > target:
-        edges, order = _ranked_edges(mesh)
         wanted = (len(mesh.faces) - target + 1) // 2
-        chosen = _choose_collapses(mesh, edges[order], wanted)
-        if not len(chosen):
-            break
-        if not _collapse(mesh, chosen):
+        chosen, best = _choose_collapses(mesh, _ranked_edges(mesh, share), wanted)
+        if len(chosen):
+            _collapse(mesh, chosen, best)
+            share = _CANDIDATE_SHARE
+        elif share < 1:
+            share = 1.0  # none of the cheap edges may go: look at all
+        else:
             break
     return _without_unused(mesh)
 
@@ -90,37 +95,42 @@ def _quadric_error(quadrics: np.ndarray, at: np.ndarray) -> np.ndarray:
     )
 
 
-def _ranked_edges(mesh: _Mesh) -> tuple[np.ndarray, np.ndarray]:
-    """All undirected edges (k, 2) and the order of the cheap ones: error at the middle, ties by length."""
+def _ranked_edges(mesh: _Mesh, share: float) -> np.ndarray:
+    """The cheapest share of the undirected edges (k, 2), in order of the error at their middle, ties by length."""
     source, target = mesh.half_edges()
     edges = np.column_stack([source, target])[source < target]
     start, end = mesh.points[edges[:, 0]], mesh.points[edges[:, 1]]
     error = _quadric_error(mesh.quadrics[edges[:, 0]] + mesh.quadrics[edges[:, 1]], (start + end) / 2)
     length2 = ((start - end) ** 2).sum(axis=1)
     cost = np.maximum(error, 0) + 1e-4 * length2**2
-    cheap = max(1, int(len(cost) * _CANDIDATE_SHARE))
+    cheap = max(1, int(len(cost) * share))
     order = np.argpartition(cost, cheap - 1)[:cheap]
-    return edges, order[np.argsort(cost[order])]
+    return edges[order[np.argsort(cost[order])]]
 
 
-def _choose_collapses(mesh: _Mesh, edges: np.ndarray, wanted: int) -> np.ndarray:
-    """Independent edges (s, 2) out of ranked ones that may be collapsed at once without change of topology."""
+def _choose_collapses(mesh: _Mesh, edges: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+    """Independent edges (s, 2) out of ranked ones that may all be collapsed at once, and their new points (s, 3)."""
     source, target = mesh.half_edges()
     blocked = np.zeros(len(mesh.points), bool)
-    chosen = np.empty((0, 2), np.int64)
-    for _ in range(_SETS_PER_ROUND):
+    chosen, points, count = [np.empty((0, 2), np.int64)], [np.empty((0, 3))], 0
+    for attempt in range(_MOST_ATTEMPTS):
         edges = edges[~(blocked[edges[:, 0]] | blocked[edges[:, 1]])]
-        if not len(edges) or len(chosen) >= wanted:
+        if not len(edges) or count >= wanted or (attempt >= _SETS_PER_ROUND and count):
             break
-        found = edges[_locally_cheapest(edges, source, target, len(mesh.points))]
+        first = _locally_cheapest(edges, source, target, len(mesh.points))
+        found, edges = edges[first], edges[~first]
         found = found[_link_condition(found, source, target, len(mesh.points))]
-        chosen = np.concatenate([chosen, found])
+        best = _best_points(mesh, found)
+        good = ~_turns_a_face(mesh, found, best)
+        chosen.append(found[good])
+        points.append(best[good])
+        count += int(good.sum())
         # End points of later sets may not touch the rings of earlier ones: block the end points and their neighbors.
         ends = np.zeros(len(mesh.points), bool)
-        ends[found] = True
+        ends[chosen[-1]] = True
         blocked |= ends
         blocked[target[ends[source]]] = True
-    return chosen[:wanted]
+    return np.concatenate(chosen)[:wanted], np.concatenate(points)[:wanted]
 
 
 def _locally_cheapest(edges: np.ndarray, source: np.ndarray, target: np.ndarray, count: int) -> np.ndarray:
@@ -162,9 +172,8 @@ def _best_points(mesh: _Mesh, edges: np.ndarray) -> np.ndarray:
     return best
 
 
-def _collapse(mesh: _Mesh, edges: np.ndarray) -> bool:
-    """Collapse independent edges in place, except those that would turn a face over; False if none was possible."""
-    best = _best_points(mesh, edges)
+def _turns_a_face(mesh: _Mesh, edges: np.ndarray, best: np.ndarray) -> np.ndarray:
+    """Mask of independent edges whose collapse to ``best`` would turn a face over or make a sliver."""
     owner = np.full(len(mesh.points), -1)
     owner[edges[:, 0]] = owner[edges[:, 1]] = np.arange(len(edges))
     touched = owner[mesh.faces]
@@ -173,15 +182,18 @@ def _collapse(mesh: _Mesh, edges: np.ndarray) -> bool:
     after = np.where((touched[kept] >= 0)[:, :, None], best[touched[kept]], before)
     bad = np.zeros(len(edges), bool)
     bad[touched[kept].max(axis=1)[_turned(before, after)]] = True
-    good = ~bad
-    keep, drop = edges[good].T
-    mesh.points[keep] = best[good]
+    return bad
+
+
+def _collapse(mesh: _Mesh, edges: np.ndarray, best: np.ndarray) -> None:
+    """Collapse independent, checked edges in place."""
+    keep, drop = edges.T
+    mesh.points[keep] = best
     mesh.quadrics[keep] += mesh.quadrics[drop]
     renamed = np.arange(len(mesh.points))
     renamed[drop] = keep
     faces = renamed[mesh.faces]
     mesh.faces = faces[(faces[:, 0] != faces[:, 1]) & (faces[:, 1] != faces[:, 2]) & (faces[:, 2] != faces[:, 0])]
-    return bool(good.any())
 
 
 def _turned(before: np.ndarray, after: np.ndarray) -> np.ndarray:

@@ -52,15 +52,8 @@ def write_manifest(
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "case": case,
         "intended_use": "Research use only; not a medical device.",
-        "frame": "LPS",
-        "units": "mm",
-        "gltf": {"node_matrix_from_lps_mm": GLTF_FROM_LPS.tolist(), "units": "m", "up": "+y superior", "front": "+z"},
+        **_conventions(table.values()),
         "grid": _grid(grid),
-        "label_maps": {
-            "segments": "1-18, see structures",
-            "trees": {"1": "airway", "2": "pulmonary_artery", "3": "pulmonary_vein"},
-            "lobes": {str(row.code): row.key for row in table.values() if row.kind == "lobe"},
-        },
         "structures": [_structure(s, table.get(s.key), meshes.get(s.key), files) for s in STRUCTURES],
         "volumes_ml": {row.key: round(row.volume, 3) for row in table.values()},
         "findings": [{k: _plain(getattr(f, k, "")) for k in ("severity", "structure", "sentence")} for f in findings],
@@ -71,6 +64,20 @@ def write_manifest(
     path = folder / MANIFEST
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     return path
+
+
+def _conventions(rows: Iterable[VolumeRow]) -> dict[str, Any]:
+    """Frame, units and what the numbers in the label maps mean."""
+    return {
+        "frame": "LPS",
+        "units": "mm",
+        "gltf": {"node_matrix_from_lps_mm": GLTF_FROM_LPS.tolist(), "units": "m", "up": "+y superior", "front": "+z"},
+        "label_maps": {
+            "segments": "1-18, see structures",
+            "trees": {"1": "airway", "2": "pulmonary_artery", "3": "pulmonary_vein"},
+            "lobes": {str(row.code): row.key for row in rows if row.kind == "lobe"},
+        },
+    }
 
 
 def _grid(volume: Volume) -> dict[str, Any]:

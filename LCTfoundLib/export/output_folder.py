@@ -6,7 +6,6 @@ that somebody changed since is kept under another name; a file of others in our 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from typing import Any
 import psutil
 
 from LCTfoundLib.errors import OutputError
+from LCTfoundLib.runtime.files import output_errors
 
 __all__ = ["MANIFEST", "file_entries", "output_folder"]
 
@@ -38,7 +38,7 @@ def output_folder(folder: Path) -> Iterator[Path]:
         OutputError: the place is read-only, full, not a folder, or a file of others is in the way.
     """
     fresh = not folder.exists()
-    with _disk_errors(folder):
+    with output_errors(folder):
         if not fresh and not folder.is_dir():
             raise OutputError(f"{folder} is a file; choose a folder for the results.")
         place = folder.parent if fresh else folder
@@ -60,20 +60,6 @@ def file_entries(folder: Path) -> list[dict[str, Any]]:
     """Path, sha256 and size of all files below a folder but the manifest, in order of their path."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     return [{"path": p.relative_to(folder).as_posix(), "sha256": _sha256(p), "bytes": p.stat().st_size} for p in paths]
-
-
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """Turn the system's errors into sentences with the remedy."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
-            message = f"The disk of {folder} is full; free some space or choose another folder."
-        else:
-            reason = error.strerror or type(error).__name__
-            message = f"{folder} cannot be written ({reason}); check its permissions or choose another folder."
-        raise OutputError(message) from error
 
 
 def _remove_left_overs(place: Path) -> None:
@@ -153,9 +139,10 @@ def _replace_text(path: Path, scratch: Path, text: str) -> None:
 
 def _remove_empty_parents(folder: Path, path: str) -> None:
     for parent in (folder / path).parents:
-        if parent == folder or any(parent.iterdir()):
+        if parent == folder or (parent.exists() and any(parent.iterdir())):
             return
-        parent.rmdir()
+        if parent.exists():
+            parent.rmdir()
 
 
 def _sha256(path: Path) -> str:

@@ -62,7 +62,7 @@ def _present(segments: Volume, trees: Volume) -> list[tuple[Structure, int, int,
 
 def _nrrd_geometry(grid: Volume) -> list[str]:
     k, j, i = grid.shape
-    axes = [_vector(np.asarray(grid.direction)[:, axis] * grid.spacing[axis]) for axis in range(3)]
+    axes = [_vector(grid.affine[:3, axis]) for axis in range(3)]
     return [
         "NRRD0004",
         "# Complete NRRD file format specification at:",
@@ -106,10 +106,7 @@ def _segment_fields(
 
 def _common(grid: Volume) -> list[str]:
     """Fields of the whole segmentation; the reference geometry lets Slicer keep the CT's grid when it edits."""
-    geometry = np.eye(4)
-    geometry[:3, :3] = np.asarray(grid.direction) * np.asarray(grid.spacing)
-    geometry[:3, 3] = grid.origin
-    ras = _MIRROR_XY @ geometry
+    ras = _MIRROR_XY @ grid.affine
     extent = [n for size in reversed(grid.shape) for n in (0, size - 1)]
     serialized = "".join(f"{v:.12g};" for v in [*ras.ravel(), *extent])
     return [
@@ -144,9 +141,9 @@ def write_label_maps(segments: Volume, trees: Volume, folder: Path) -> dict[str,
 
 def _write_nifti(volume: Volume, path: Path) -> None:
     image = sitk.GetImageFromArray(volume.array.astype(np.uint8, copy=False))
-    image.SetSpacing([float(s) for s in volume.spacing])
-    image.SetOrigin([float(o) for o in volume.origin])
-    image.SetDirection(np.asarray(volume.direction, float).ravel().tolist())
+    image.SetSpacing(volume.spacing)
+    image.SetOrigin(volume.origin)
+    image.SetDirection(volume.direction.ravel().tolist())
     try:
         sitk.WriteImage(image, str(path), useCompression=True, compressionLevel=_GZIP_LEVEL)
     except RuntimeError as error:

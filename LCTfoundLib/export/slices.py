@@ -56,11 +56,14 @@ class SlicePainter:
     """
 
     def __init__(self, ct: Volume, segments: Volume, trees: Volume, size: int = 620) -> None:
-        axes, flips = _to_canonical(ct.direction)
-        self._ct, self._segments, self._trees = (_turn(v.array, axes, flips) for v in (ct, segments, trees))
-        self._spacing = np.array(ct.spacing[::-1])[list(axes)]
+        self._grid = ct.to_canonical()
+        self._ct, self._segments, self._trees = (
+            self._grid.array,
+            segments.to_canonical().array,
+            trees.to_canonical().array,
+        )
+        self._spacing = np.array(self._grid.spacing[::-1])
         self._size = size
-        self._grid, self._axes, self._flips = ct, axes, flips
         found = ndimage.find_objects((self._segments > 0).view(np.uint8))
         self._box = found[0] if found else tuple(slice(0, n) for n in self._segments.shape)
 
@@ -110,33 +113,9 @@ class SlicePainter:
         """LPS coordinate of the slice's middle across the plane."""
         place = [(n - 1) / 2 for n in self._ct.shape]
         place[plane.value] = index
-        original = [0.0, 0.0, 0.0]
-        for new, old in enumerate(self._axes):
-            size = self._ct.shape[new]
-            original[old] = size - 1 - place[new] if self._flips[new] else place[new]
-        ijk = np.array(original[::-1]) * self._grid.spacing
-        lps = np.asarray(self._grid.origin) + np.asarray(self._grid.direction, float) @ ijk
+        lps = self._grid.world_from_index(np.array(place))
         axis = 2 - plane.value
         return f"{'xyz'[axis]} = {lps[axis]:.0f} mm"
-
-
-def _to_canonical(direction: np.ndarray) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """Array axes (k, j, i) that come closest to superior, posterior, left, and which of them run backward."""
-    matrix = np.asarray(direction, float)
-    weights = np.abs(matrix).copy()
-    chosen = {}
-    for _ in range(3):
-        world, axis = np.unravel_index(int(weights.argmax()), (3, 3))
-        chosen[int(world)] = int(axis)
-        weights[world, :] = weights[:, axis] = -1
-    axes = tuple(2 - chosen[world] for world in (2, 1, 0))
-    flips = tuple(bool(matrix[world, chosen[world]] < 0) for world in (2, 1, 0))
-    return axes, flips
-
-
-def _turn(array: np.ndarray, axes: tuple[int, ...], flips: tuple[bool, ...]) -> np.ndarray:
-    turned = array.transpose(axes)
-    return turned[tuple(slice(None, None, -1 if flip else 1) for flip in flips)]
 
 
 def _blend(gray: np.ndarray, segments: np.ndarray, trees: np.ndarray, shape: np.ndarray, overlay: bool) -> Image.Image:

@@ -36,6 +36,8 @@ __all__ = ["Mesh", "MeshReport", "SurfaceSettings", "label_surface", "lung_surfa
 
 #: mm3; enclosed cavities up to this size are filled.
 _LARGEST_BUBBLE = 100.0
+#: Points; smaller pieces are not smoothed, meshes of fewer triangles than twice that not decimated.
+_LEAST_SMOOTHED = 60
 
 
 @dataclass
@@ -165,7 +167,7 @@ def _mask_surface(
     inside: np.ndarray, box: tuple[slice, ...], grid: Volume, thin: bool, settings: SurfaceSettings
 ) -> Mesh:
     """Smooth surface of a cropped mask in the LPS frame of its grid."""
-    label_volume = float(np.count_nonzero(inside)) * _voxel_volume(grid)
+    label_volume = 1000 * grid.voxel_ml * int(np.count_nonzero(inside))
     if thin:
         counts, factors = _bridge_corners(np.pad(inside, 1)).astype(np.uint8), np.ones(3, int)
         first = np.array([s.start for s in box], float) - 1
@@ -173,15 +175,10 @@ def _mask_surface(
         counts, factors = _averaged(inside, grid.spacing, settings.segment_voxel)
         first = np.array([s.start for s in box], float) - factors + (factors - 1) / 2
     points, faces = _extract(counts, int(np.prod(factors)), settings, thin)
-    indices = first[::-1] + points * factors[::-1]
-    lps = np.asarray(grid.origin) + (indices * grid.spacing) @ np.asarray(grid.direction, float).T
+    lps = grid.world_from_index(first + points[:, ::-1] * factors)
     if _signed_volume(lps, faces) < 0:
         faces = faces[:, ::-1].copy()
     return Mesh(lps, faces, label_volume)
-
-
-def _voxel_volume(grid: Volume) -> float:
-    return float(abs(np.linalg.det(grid.direction)) * np.prod(grid.spacing))
 
 
 def _bridge_corners(mask: np.ndarray) -> np.ndarray:
@@ -227,16 +224,30 @@ def _extract(counts: np.ndarray, full: int, settings: SurfaceSettings, thin: boo
     edges.ComputeNormalsOff()
     edges.ComputeGradientsOff()
     edges.ComputeScalarsOff()
+    edges.Update()
+    points, faces = _arrays(edges.GetOutput())
+    smooth, _ = _arrays(
+        _smoothed(edges.GetOutput(), *(settings.tree_smoothing if thin else settings.segment_smoothing))
+    )
+    # The filter pulls a piece of a few voxels to a point; it keeps its corners.
+    count, piece = _pieces(faces, len(points))
+    small = np.bincount(piece, minlength=count)[piece] < _LEAST_SMOOTHED
+    return np.where(small[:, None], points, smooth), faces
+
+
+def _smoothed(surface: vtk.vtkPolyData, iterations: int, pass_band: float) -> vtk.vtkPolyData:
     smoother = vtk.vtkWindowedSincPolyDataFilter()
-    smoother.SetInputConnection(edges.GetOutputPort())
-    iterations, pass_band = settings.tree_smoothing if thin else settings.segment_smoothing
+    smoother.SetInputData(surface)
     smoother.SetNumberOfIterations(iterations)
     smoother.SetPassBand(pass_band)
     smoother.NormalizeCoordinatesOn()
     smoother.BoundarySmoothingOff()
     smoother.FeatureEdgeSmoothingOff()
     smoother.Update()
-    surface = smoother.GetOutput()
+    return smoother.GetOutput()
+
+
+def _arrays(surface: vtk.vtkPolyData) -> tuple[np.ndarray, np.ndarray]:
     points = numpy_support.vtk_to_numpy(surface.GetPoints().GetData()).astype(np.float64)
     faces = numpy_support.vtk_to_numpy(surface.GetPolys().GetConnectivityArray()).reshape(-1, 3).astype(np.int64)
     return points, faces
@@ -252,7 +263,7 @@ def _share_budget(raw: Mapping[str, Mesh], settings: SurfaceSettings) -> dict[st
 
 def _finish(raw: Mesh, triangles: int) -> Mesh:
     """Decimate and give back the label's volume."""
-    points, faces = decimate(raw.points, _without_bubbles(raw), max(triangles, 4))
+    points, faces = decimate(raw.points, _without_bubbles(raw), max(triangles, 2 * _LEAST_SMOOTHED))
     return Mesh(_with_volume(points, faces, raw.label_volume), faces, raw.label_volume)
 
 
@@ -268,14 +279,15 @@ def _without_bubbles(mesh: Mesh) -> np.ndarray:
 
 def _with_volume(points: np.ndarray, faces: np.ndarray, volume: float, tolerance: float = 1e-3) -> np.ndarray:
     """Points moved along their normals until the mesh encloses ``volume`` (mm3) to a relative tolerance."""
-    for _ in range(8):
+    size = np.cbrt(volume)
+    for _ in range(20):
         difference = volume - _signed_volume(points, faces)
         if abs(difference) <= tolerance * volume:
             break
         normals = point_normals(points, faces)
-        # The volume gained per mm is the area seen along the point normals, less than the area where they spread.
-        growth = _volume_growth(points, faces, normals)
-        points = points + normals * (difference / max(growth, 1e-9))
+        # Newton's step, held short: in a thin branch the volume grows faster than the first derivative tells.
+        step = difference / max(_volume_growth(points, faces, normals), 1e-9)
+        points = points + normals * np.clip(step, -0.1 * size, 0.1 * size)
     return points
 
 

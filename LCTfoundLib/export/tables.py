@@ -54,7 +54,6 @@ def volume_rows(
         ct: HU.
         confidence: 0-1 by key.
     """
-    voxel = float(abs(np.linalg.det(ct.direction)) * np.prod(ct.spacing)) / 1000
     counts, sums = _label_sums(segments.array, ct.array, 19)
     tree_counts, tree_sums = _label_sums(trees.array, ct.array, 4)
     lungs = max(int(counts[1:].sum()), 1)
@@ -62,7 +61,7 @@ def volume_rows(
     def row(name: str, key: str, kind: str, code: int, side: str, lobe: str, n: int, hu: float) -> VolumeRow:
         share = None if kind == "tree" else n / lungs
         mean = hu / n if n else None
-        return VolumeRow(name, key, kind, code, side, lobe, n * voxel, share, mean, (confidence or {}).get(key))
+        return VolumeRow(name, key, kind, code, side, lobe, n * ct.voxel_ml, share, mean, (confidence or {}).get(key))
 
     def total(name: str, key: str, kind: str, code: int, side: str, codes: np.ndarray) -> VolumeRow:
         lobe = name if kind == "lobe" else ""

@@ -11,6 +11,7 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -241,7 +242,7 @@ def _run(work: _Work, plan: _Plan, progress: Progress) -> Tensor:
     starts = _needed_tiles(work, plan.tile)
     slab = _Slab(work, plan.tile, _accumulation_device(work, plan))
     done = 0
-    with torch.inference_mode(), torch.autocast(device.type, plan.choice.dtype, enabled=_is_half(plan)):
+    with torch.inference_mode(), _precision(plan.choice):
         for group in _groups(starts, plan.batch):
             progress.update(done / len(starts))
             inputs = torch.stack([_tile_input(work, plan, start) for start in group])
@@ -255,8 +256,10 @@ def _run(work: _Work, plan: _Plan, progress: Progress) -> Tensor:
     return result
 
 
-def _is_half(plan: _Plan) -> bool:
-    return plan.choice.dtype != torch.float32
+def _precision(choice: DeviceChoice) -> AbstractContextManager[object]:
+    if choice.dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(choice.device.type, choice.dtype)
 
 
 def _groups(items: list[Size], count: int) -> Iterator[list[Size]]:

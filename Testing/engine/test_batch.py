@@ -11,12 +11,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
 
 from LCTfoundLib.batch import LOGS, SUMMARY, Status, Study, find_studies, run_batch
 from LCTfoundLib.case import RECORD, CaseOptions, fingerprint, read_record, run_case
 from LCTfoundLib.errors import Cancelled, OutputError, UnsuitableImage
 from LCTfoundLib.volume import Volume
 from Testing.engine.toy_engine import ToyEngine, lungs_by_threshold, write_ct
+
+
+def write_dicom(path: Path, study: str) -> None:
+    dataset = Dataset()
+    dataset.StudyInstanceUID = study
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.save_as(path, enforce_file_format=False, implicit_vr=False, little_endian=True)
+    content = path.read_bytes()
+    path.write_bytes(content if content[128:132] == b"DICM" else bytes(128) + b"DICM" + content)
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -142,6 +154,14 @@ class TestFindStudies:
             "y": tmp_path / "y.NRRD",
         }
 
+    def test_knows_its_own_output_however_it_is_written(self, tmp_path, monkeypatch):
+        (tmp_path / "in" / "out").mkdir(parents=True)
+        for name in ("a.nii", "out/result.nii"):
+            (tmp_path / "in" / name).write_bytes(b"")
+        monkeypatch.chdir(tmp_path)
+        for output in (Path("in/out"), tmp_path / "in" / "out", Path("in/../in/out")):
+            assert [study.name for study in find_studies(Path("in"), output)] == ["a"]
+
     def test_gives_each_study_a_name_of_its_own(self, tmp_path):
         (tmp_path / "a").mkdir()
         for name in ("a.nii", "a.nii.gz", "a.mha", "a/1.dcm", "b.nii"):
@@ -153,6 +173,14 @@ class TestFindStudies:
     def test_takes_a_single_series_folder(self, tmp_path):
         (tmp_path / "1.dcm").write_bytes(b"")
         assert find_studies(tmp_path, tmp_path / "out") == [Study(tmp_path.name, tmp_path)]
+
+    def test_takes_the_series_of_one_study_as_one_and_other_studies_apart(self, tmp_path):
+        places = {"p1/lung": "1.2.3", "p1/soft": "1.2.3", "p2/before": "1.2.4", "p2/after": "1.2.5", "p3": "1.2.6"}
+        for place, study in places.items():
+            (tmp_path / place).mkdir(parents=True)
+            write_dicom(tmp_path / place / "IM1", study)
+        names = [study.name for study in find_studies(tmp_path, tmp_path / "out")]
+        assert names == ["p1", "p2__after", "p2__before", "p3"]
 
     def test_says_when_there_is_nothing(self, tmp_path):
         with pytest.raises(UnsuitableImage, match="There is no CT in"):

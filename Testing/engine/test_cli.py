@@ -12,16 +12,20 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from LCTfoundLib import cli
-from LCTfoundLib.case import CaseOptions
+from LCTfoundLib import cli, demo, doctor
+from LCTfoundLib.case import RECORD, CaseOptions
 from LCTfoundLib.errors import UnsuitableImage
-from LCTfoundLib.runtime.progress import Report
+from LCTfoundLib.runtime.progress import Progress, Report
 from LCTfoundLib.volume import Volume
-from Testing.engine.toy_engine import ToyEngine, write_ct
+from LCTfoundLib.volume_io import read_volume, write_volume
+from LCTfoundLib.weights.registry import Card, DataSource, save_weight
+from Testing.engine.toy_engine import ToyEngine, lungs_by_threshold, write_ct
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -46,7 +50,7 @@ class TestSegmentLungs:
         assert run(toy, "segment-lungs", ct_file, out) == 0
         captured = capsys.readouterr()
         assert captured.out == f"{out}\n"
-        assert "Segmentation: " in captured.err
+        assert "Reading the CT: 0 %" in captured.err
         assert re.search(r"Done in \d+ s, peak memory \d", captured.err)
         assert "thick slices" in captured.err
         assert np.load(out / "segments.npy").any()
@@ -115,16 +119,16 @@ class TestBatch:
             write_ct(simple_chest, tmp_path / "in" / f"{name}.nii.gz")
         out = tmp_path / "out"
 
-        def read(path: Path) -> Volume:
+        def read(path: Path, progress: Progress) -> Volume:
             if path.name == "a.nii.gz":
                 raise UnsuitableImage("not a CT")
-            return toy.read(path)
+            return toy.read(path, progress)
 
         assert run(toy, "segment-lungs", tmp_path / "in", out, "--batch", read=read) == 1
         captured = capsys.readouterr()
         assert captured.out == f"{out / 'b'}\n"
         assert "a: failed: not a CT" in captured.err
-        assert "[2/2] b: Segmentation" in captured.err
+        assert "[2/2] b: Reading the CT: 0 %" in captured.err
         assert f"1 of 2 studies have a result; see {out / 'summary.csv'}" in captured.err
         assert run(toy, "segment-lungs", tmp_path / "in", out, "--batch") == 0
         assert capsys.readouterr().out == f"{out / 'a'}\n{out / 'b'}\n"
@@ -181,12 +185,108 @@ class TestConsole:
             "\r\x1b[K[1/2] Fine network: 25 %, 1:35 left\r\x1b[K[1/2] Fine network: 26 %\r\x1b[Kdone\n"
         )
 
-    def test_writes_a_line_per_stage_and_tenth_elsewhere(self):
+    def test_writes_a_line_per_tenth_elsewhere(self):
         err = io.StringIO()
         listener = cli.Console(False, io.StringIO(), err).progress()._root.listener
         for percent in range(0, 101):
-            listener(Report("Net", percent / 100, 1.0, None))
+            listener(Report(f"Stage {percent}", percent / 100, 1.0, None))
         assert len(err.getvalue().splitlines()) == 11
+
+    def test_writes_a_line_now_and_then_while_nothing_seems_to_move(self):
+        err = io.StringIO()
+        listener = cli.Console(False, io.StringIO(), err).progress()._root.listener
+        for second in range(61):
+            listener(Report("Net", 0.55, second, None))
+        assert len(err.getvalue().splitlines()) == 7
+
+
+class TestDemo:
+    def test_compares_with_the_machine_labels_of_its_case(self, simple_chest, tmp_path, toy, capsys, monkeypatch):
+        monkeypatch.setenv("LCTFOUND_CACHE", str(tmp_path))
+        folder, out = tmp_path / demo.CASE, tmp_path / "out"
+        write_ct(simple_chest, folder / "cxr.nii.gz")
+        names = [*demo.LOBE_LABELS.values(), "trachea"]
+        (folder / "structures.csv").write_text("structure,id\n" + "".join(f"{n},{i}\n" for i, n in enumerate(names, 1)))
+        ours = lungs_by_threshold(simple_chest).segments.array
+        labels = np.where(ours == 1, names.index("lung_upper_lobe_right") + 1, 0).astype(np.uint8)
+        write_ct(simple_chest.with_array(labels), folder / "mask.nii.gz")
+        assert run(toy, "demo", out) == 0
+        printed = capsys.readouterr().out
+        assert re.search(r"^Right upper lobe +1\.000", printed, re.MULTILINE)
+        assert re.search(r"^Left upper lobe +0\.000", printed, re.MULTILINE)
+        assert re.search(r"^    Right S1 apical +\d+\.\d +0\.90$", printed, re.MULTILINE)
+        assert "not ground truth" in printed
+        assert "CC BY 3.0" in printed
+        assert printed.splitlines()[-1] == str(out)
+        assert json.loads((out / RECORD).read_text())["case"] == demo.CASE
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A folder with a whole weight and one whose last byte is wrong."""
+    folder = tmp_path / "weights"
+    for name in ("toy_whole", "toy_damaged"):
+        save_weight({"w": torch.rand(3)}, toy_card(name), folder)
+    path = folder / "toy_damaged.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    return folder
+
+
+def toy_card(name: str) -> Card:
+    data = (DataSource("phantom", "Apache-2.0"),)
+    return Card(
+        name, "1", "test", "Net", {}, (1.0, 1.0, 1.0), ("a",), data, "Apache-2.0", 0, "c", {}, "tests", "all else"
+    )
+
+
+class TestWeights:
+    def run(self, *arguments: object) -> int:
+        return cli.main(["weights", *map(str, arguments)])
+
+    def test_list_names_them_with_task_and_license(self, weights, capsys):
+        assert self.run("--weights-folder", weights) == 0
+        out = capsys.readouterr().out
+        assert re.search(r"toy_whole +1 +0\.0 MB +Apache-2.0 +test", out)
+
+    def test_show_gives_the_card(self, weights, capsys):
+        assert self.run("show", "toy_whole", "--weights-folder", weights) == 0
+        assert json.loads(capsys.readouterr().out)["intended_use"] == "tests"
+
+    def test_verify_finds_the_damaged_one(self, weights, capsys):
+        assert self.run("verify", "toy_whole", "--weights-folder", weights) == 0
+        assert capsys.readouterr().out == "toy_whole: as its card says\n"
+        assert self.run("verify", "--weights-folder", weights, "--jsonl") == 2
+        events = {event["name"]: event for event in map(json.loads, capsys.readouterr().out.splitlines())}
+        assert events["toy_whole"]["problem"] == ""
+        assert "checksum" in events["toy_damaged"]["problem"]
+
+    def test_says_that_there_is_none_of_the_name(self, weights, capsys):
+        assert self.run("show", "nothing", "--weights-folder", weights) == 2
+        assert "There is no weight 'nothing' in" in capsys.readouterr().err
+
+
+class TestDoctor:
+    def test_marks_what_is_wrong(self, weights, capsys):
+        assert cli.main(["doctor", "--weights-folder", str(weights)]) == 2
+        captured = capsys.readouterr()
+        assert re.search(r"^X Weight toy_damaged .*checksum", captured.out, re.MULTILINE)
+        assert re.search(r"^  Weight toy_whole .*checksum right", captured.out, re.MULTILINE)
+        assert re.search(r"^  CPU .*cores", captured.out, re.MULTILINE)
+        assert "found a problem" in captured.err
+
+    def test_warns_of_little_memory_and_disk(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(doctor, "free_memory", lambda: 2e9)
+        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=1e8))
+        found = {check.what: check for check in doctor.examine(tmp_path)}
+        assert found["Memory for a run"].verdict is doctor.Verdict.WARNING
+        assert found["Free disk"].verdict is doctor.Verdict.WARNING
+
+    def test_knows_the_time_of_the_demo_once_it_ran(self, ct_file, tmp_path, toy):
+        assert "not measured" in doctor.examine(tmp_path)[-1].value
+        run(toy, "segment-lungs", ct_file, tmp_path / "output" / "demo", "--quality", "fast")
+        assert re.match(r"the demo's CT took \d+ s here .*quality fast", doctor.examine(tmp_path)[-1].value)
 
 
 class TestRealEngine:
@@ -199,3 +299,22 @@ class TestRealEngine:
         command = [sys.executable, "-m", "LCTfoundLib", "--version"]
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
         assert done.stdout.startswith("LCTfound 0.")
+
+    @pytest.mark.end_to_end
+    @pytest.mark.slow
+    def test_segments_a_phantom_from_file_to_models(self, shipped_weights, phantom_case, tmp_path, capsys):
+        source, out = tmp_path / "phantom.nii.gz", tmp_path / "out"
+        write_volume(phantom_case.ct, source)
+        arguments = ["--quality", "fast", "--device", "cpu", "--format", "nifti,stl,csv"]
+        assert cli.main(["segment-lungs", str(source), str(out), *arguments]) == 0
+        assert capsys.readouterr().out == f"{out}\n"
+        segments = read_volume(out / "labels" / "segments.nii.gz")
+        trees = read_volume(out / "labels" / "trees.nii.gz").array
+        assert segments.same_grid(phantom_case.ct)
+        truth = phantom_case.segments.array > 0
+        ours = segments.array > 0
+        assert 2 * np.count_nonzero(ours & truth) / (ours.sum() + truth.sum()) > 0.9
+        assert set(np.unique(trees)) == {0, 1, 2, 3}
+        record = json.loads((out / RECORD).read_text())
+        assert record["volumes_ml"]["lungs"] == pytest.approx(ours.sum() * segments.voxel_ml, rel=0.01)
+        assert (out / "models" / "stl" / "airway.stl").stat().st_size > 10_000

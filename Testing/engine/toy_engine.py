@@ -46,7 +46,7 @@ class ToyEngine:
     def engine(self) -> Engine:
         return Engine(self.read, self.segment, self.export, lambda options: {"weights": self.weights})
 
-    def read(self, path: Path) -> Volume:
+    def read(self, path: Path, progress: Progress) -> Volume:
         try:
             image = sitk.ReadImage(str(path))
         except RuntimeError as error:

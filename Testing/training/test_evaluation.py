@@ -301,6 +301,12 @@ def test_the_report_is_written_in_three_forms(tmp_path, three_methods):
     assert [float(r["value"]) for r in vein] == [1, 1, 1]
 
 
+def test_real_cases_get_a_table_each(tmp_path, three_methods):
+    apart = SetResult("real", three_methods.scores, apart=True)
+    text = write_report(tmp_path, [apart], [], {})
+    assert text.count("### real toy") == 9 and "3 cases" not in text
+
+
 def test_the_comparison_pairs_cases_by_name(three_methods):
     result = copy.deepcopy(three_methods)
     del result.scores["bad"]["toy 2"]
@@ -311,3 +317,12 @@ def test_an_unknown_set_is_refused(capsys):
     with pytest.raises(SystemExit):
         lung_segmentation.main(["--sets", "moon"])
     assert "synthetic" in capsys.readouterr().err
+
+
+def test_shifted_scans_use_kernels_that_training_never_sees():
+    for seed in range(30):
+        scan, shifted = cases.held_out_scan(seed, False), cases.held_out_scan(seed, True)
+        assert cases.held_out_scan(seed, True) == shifted
+        assert 0.4 <= scan.blur <= 0.85 and scan.edge <= 0.71
+        assert not 0.4 <= shifted.blur <= 0.85 and not 0.22 <= shifted.nps_peak <= 0.55
+        assert scan.coverage == (0.0, 1.0) and min(scan.spacing) >= 0.8 and scan.spacing[2] >= 1.0

@@ -256,6 +256,8 @@ def test_a_branch_that_crosses_into_a_foreign_segment_is_one_intrusion():
     assert metrics.intrusions(line, segments) == 0
     segments[:] = 2  # branch 1 supplies segment 1 and lies wholly in 2
     assert metrics.intrusions(line, segments) == 1
+    assert metrics.intrusions(line, segments, truth=segments) == 0  # the truth has the branch there as well
+    assert metrics.intrusions(line, segments, truth=np.full_like(segments, 1)) == 1
     segments[:] = 0
     assert metrics.intrusions(line, segments) == 0
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import SimpleITK as sitk
@@ -20,7 +20,20 @@ from LCTfoundLib.volume import Volume
 from training.evaluate import vessel_points
 from training.evaluate.scoring import Case, Truth
 
-__all__ = ["DEFAULT_DATA", "MANIFEST", "CaseSource", "TestSet", "load_lobe_map", "manifest", "sources"]
+if TYPE_CHECKING:
+    from training.phantom.acquisition import Scan
+
+__all__ = [
+    "DEFAULT_DATA",
+    "MANIFEST",
+    "CaseSource",
+    "TestSet",
+    "load_lobe_map",
+    "manifest",
+    "phantom_case",
+    "phantom_territories",
+    "sources",
+]
 
 MANIFEST = Path(__file__).parent / "split_manifest.json"
 #: Real data beside the clone; ``--data`` names another place.
@@ -85,6 +98,65 @@ def seeds(key: str) -> range:
 
 
 # -- phantoms --------------------------------------------------------------------------------------------------------
+
+
+def phantom_case(seed: int, shifted: bool = False, lobe_map: Volume | None = None) -> Case:
+    """A patient of a seed in a clinical scan drawn with the same seed.
+
+    Args:
+        shifted: the other generator (growth rule, segments cut along vein planes) and kernels softer or sharper than
+            any in training.
+        lobe_map: real lungs to grow the trees in.
+    """
+    from training.phantom.render import make_patient, render
+
+    patient = make_patient(seed, shifted=shifted, lobe_map=lobe_map)
+    rendered = render(patient, held_out_scan(seed, shifted), seed)
+    truth = Truth(
+        segments=rendered.segments.array,
+        lobes=rendered.lobes.array,
+        trees=rendered.trees.array,
+        visible=rendered.visible.array > 0,
+        graphs=rendered.graphs,
+    )
+    return Case(str(seed), rendered.ct, truth)
+
+
+def held_out_scan(seed: int, shifted: bool) -> Scan:
+    """How a test phantom is scanned: a whole chest with realistic intensities, at no less than 0.8 x 0.8 x 1 mm.
+
+    Finer voxels would multiply the time of the evaluation and not what can be seen.
+    """
+    from training.phantom.acquisition import Regime, Scan
+
+    rng = np.random.default_rng([seed, 40])
+    scan = Scan.sample(rng, Regime.PHYSICS)
+    plane, gap = max(scan.spacing[0], 0.8), max(scan.spacing[2], 1.0)
+    scan = replace(
+        scan,
+        spacing=(plane, plane, gap),
+        interval=gap,
+        thickness=max(scan.thickness, gap),
+        coverage=(0.0, 1.0),
+        field_margin=float("inf"),
+    )
+    if not shifted:
+        return scan
+    if rng.random() < 0.5:
+        return replace(scan, blur=float(rng.uniform(1.0, 1.2)), edge=0.0, nps_peak=float(rng.uniform(0.12, 0.2)))
+    return replace(
+        scan,
+        blur=float(rng.uniform(0.3, 0.38)),
+        edge=float(rng.uniform(0.9, 1.2)),
+        nps_peak=float(rng.uniform(0.6, 0.7)),
+    )
+
+
+def phantom_territories(seed: int) -> np.ndarray:
+    """The territory layer of a training phantom at 3 mm, for the baseline's atlas."""
+    from training.phantom.render import make_patient
+
+    return make_patient(seed, spacing=3.0).trees.segments
 
 
 def _phantom_sources(key: str, shifted: bool) -> Iterator[CaseSource]:

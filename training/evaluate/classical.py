@@ -106,8 +106,13 @@ def _to_grid(labels: np.ndarray, scale: np.ndarray, shape: tuple[int, int, int])
 
 
 def _body(hu: np.ndarray) -> np.ndarray:
-    """The patient: largest dense part, holes filled slice by slice (the table is cut off by an opening)."""
-    body = largest_component(ndimage.binary_opening(hu > BODY_HU, FACES, iterations=2))
+    """The patient: largest dense part, holes filled slice by slice.
+
+    An opening cuts off the table; a thin chest wall that it took as well is given back.
+    """
+    dense = hu > BODY_HU
+    body = largest_component(ndimage.binary_opening(dense, FACES, iterations=2))
+    body |= dense & ndimage.binary_dilation(body, FACES, iterations=3)
     filled = np.zeros_like(body)
     for k in range(len(body)):
         filled[k] = ndimage.binary_fill_holes(body[k])

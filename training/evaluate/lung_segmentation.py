@@ -59,9 +59,9 @@ def classical_predictor(atlas_file: Path, log: Log) -> Predictor:
 
 def net_predictor(weights: Path | None, quality: str, device: str) -> Predictor:
     """The engine with the weights of a folder; None means the shipped ones."""
-    from LCTfoundLib.tasks.lung_segmentation import LungRequest, segment_lungs
+    from LCTfoundLib.tasks.lung_segmentation import LungRequest, Quality, segment_lungs
 
-    request = LungRequest(quality=quality, device=device, weights_folder=weights)
+    request = LungRequest(quality=Quality(quality), device=device, weights_folder=weights)
 
     def predict(ct: Volume) -> Prediction:
         result = segment_lungs(ct, request)
@@ -74,7 +74,7 @@ def evaluate_set(
     test_set: TestSet, cases: Iterable[CaseSource], methods: dict[str, list[Predictor]], log: Log
 ) -> SetResult:
     """Score every method on every case; a method with several predictors gets their mean per case."""
-    result = SetResult(test_set.value, {name: {} for name in methods})
+    result = SetResult(test_set.value, {name: {} for name in methods}, apart=test_set is TestSet.REAL)
     for source in cases:
         if source.missing:
             result.skipped.append(f"{source.name}: {source.missing}")

@@ -24,11 +24,26 @@ class SetResult:
         name: of the set.
         scores: method -> case -> scores.
         skipped: what was left out, with the reason.
+        apart: the cases are of different kinds, with different truths; they get a table each and no average.
     """
 
     name: str
     scores: dict[str, dict[str, Scores]] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+    apart: bool = False
+
+    def parts(self) -> list[SetResult]:
+        """Itself, or one result per case where cases stand apart."""
+        if not self.apart:
+            return [self]
+        names = dict.fromkeys(case for cases in self.scores.values() for case in cases)
+        return [
+            SetResult(
+                f"{self.name} {name}",
+                {method: {name: cases[name]} for method, cases in self.scores.items() if name in cases},
+            )
+            for name in names
+        ]
 
     def intervals(self, method: str) -> dict[tuple[str, str], Interval]:
         """Each score's mean with its bootstrap interval over cases."""
@@ -97,12 +112,13 @@ def write_report(
 def _text(results: Sequence[SetResult], pairs: Sequence[tuple[str, str]]) -> str:
     parts = ["Mean over cases [95 % bootstrap interval over cases].\n"]
     for result in results:
-        parts += [score_table(result, method) for method, cases in result.scores.items() if cases]
-        parts += [
-            comparison_table(result, first, second)
-            for first, second in pairs
-            if result.scores.get(first) and result.scores.get(second)
-        ]
+        for part in result.parts():
+            parts += [score_table(part, method) for method, cases in part.scores.items() if cases]
+            parts += [
+                comparison_table(part, first, second)
+                for first, second in pairs
+                if part.scores.get(first) and part.scores.get(second)
+            ]
         parts += [f"{result.name}: left out {reason}\n" for reason in result.skipped]
     return "\n".join(parts)
 

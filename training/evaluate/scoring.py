@@ -173,7 +173,9 @@ def _intrusion_scores(case: Case, segments: np.ndarray) -> Scores:
     for tree in (Tree.AIRWAY, Tree.ARTERY):
         if tree in case.truth.graphs:
             centerline = metrics.centerline_of_graph(case.truth.graphs[tree], case.ct)
-            scores[tree.name.capitalize(), "intrusions"] = float(metrics.intrusions(centerline, segments))
+            scores[tree.name.capitalize(), "intrusions"] = float(
+                metrics.intrusions(centerline, segments, case.truth.segments)
+            )
     if scores:
         scores["Segments, mean", "intrusions"] = float(sum(scores.values()))
     return scores

@@ -1,7 +1,7 @@
 """Artery/vein swaps, measured at vessel points that were labeled by eye.
 
 No mask here tells artery from vein, and a swap is the dangerous error of a surgical plan. ``vessel_points/*.json``
-holds points on the axes of vessels of real scans, each followed slice by slice to a bronchus it accompanies or to the heart.
+holds points on the axes of vessels of real scans, each followed slice by slice to its bronchus or to the heart.
 """
 
 from __future__ import annotations

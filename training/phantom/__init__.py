@@ -1,8 +1,8 @@
 """The synthetic thorax: anatomy, trees, diseases, and any scan of them with exact labels.
 
-    from training.phantom import phantom, Phase
-    scan = phantom(seed=7, contrast=Phase.MIXED)
-    scan.ct, scan.segments, scan.trees, scan.visible, scan.organs, scan.lobes, scan.graphs, scan.masks
+from training.phantom import phantom, Phase
+scan = phantom(seed=7, contrast=Phase.MIXED)
+scan.ct, scan.segments, scan.trees, scan.visible, scan.organs, scan.lobes, scan.graphs, scan.masks
 """
 
 from __future__ import annotations

@@ -9,14 +9,16 @@ import numpy as np
 from numba import njit
 from scipy import fft, ndimage
 
-from training.phantom.render_grid import Frame
+from training.phantom.render_grid import Frame, gaussian
 
 __all__ = [
     "Contrast",
     "Phase",
     "Regime",
     "Scan",
+    "add_contrast_streaks",
     "add_noise",
+    "add_shoulder_streaks",
     "blur_in_plane",
     "blur_motion",
     "noise_tile",
@@ -40,6 +42,10 @@ class Phase(Enum):
     MIXED = "mixed"
     SYSTEMIC = "systemic"
     LATE = "late"
+
+
+#: Clinical slice thicknesses, mm, and how often each occurs.
+_THICKNESS = {0.6: 0.07, 1.0: 0.2, 1.25: 0.2, 1.5: 0.1, 2.0: 0.1, 2.5: 0.17, 3.0: 0.1, 5.0: 0.06}
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,7 @@ class Contrast:
             Phase.LATE: ((0.35, 0.45), (0.35, 0.45), (0.35, 0.45), (0.3, 0.45), (0.35, 0.45), (0.4, 0.8)),
         }[phase]
         values = [peak * rng.uniform(*share) for share in shares]
-        values[3] = min(values[3], 900.0)
-        return cls(*(float(value) for value in values))
+        return cls(*(float(min(value, 900.0 if vessel == 3 else 400.0)) for vessel, value in enumerate(values)))
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ class Scan:
         streaks: 0 none to 1 strong, at dense contrast and along the shoulders.
         regime: ``Regime``.
         coverage: (low, high) fractions of the anatomy's height in the field of view.
+        field_margin: mm by which the circular field of view exceeds the lungs; beyond it the image is -1024.
     """
 
     spacing: tuple[float, float, float] = (1.5, 1.5, 1.5)
@@ -102,32 +108,36 @@ class Scan:
     streaks: float = 0.0
     regime: Regime = Regime.PHYSICS
     coverage: tuple[float, float] = (0.0, 1.0)
+    field_margin: float = float("inf")
 
     @classmethod
     def sample(cls, rng: np.random.Generator, regime: Regime | None = None) -> Scan:
         """A clinical scan (70 %) or, with ``Regime.RANDOM``, one with random intensities."""
         if regime is None:
             regime = Regime.PHYSICS if rng.random() < 0.7 else Regime.RANDOM
-        thickness = float(rng.choice([0.6, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 5.0], p=[0.07, 0.2, 0.2, 0.1, 0.1, 0.17, 0.1, 0.06]))
+        thickness = float(rng.choice(list(_THICKNESS), p=list(_THICKNESS.values())))
         gap = thickness * float(rng.choice([0.7, 1.0], p=[0.35, 0.65]))
         phase = rng.choice(list(Phase), p=[0.4, 0.14, 0.2, 0.13, 0.13])
-        plane = float(rng.uniform(0.6, 0.95))
+        plane, sharp = float(rng.uniform(0.6, 0.95)), float(rng.random())
         scan = cls(
             spacing=(plane, plane, gap),
             thickness=thickness,
             interval=gap,
-            noise=float(np.exp(rng.uniform(np.log(6), np.log(60)))),
+            noise=float(np.exp(rng.uniform(np.log(6), np.log(45)) + 0.8 * sharp)),
             contrast=Contrast.of_phase(phase, rng),
             motion=float(rng.exponential(1.2)) if rng.random() < 0.5 else 0.0,
             streaks=float(rng.uniform(0, 1)) if rng.random() < 0.4 else 0.0,
             regime=regime,
+            coverage=(float(rng.uniform(0, 0.4)), float(rng.uniform(0.6, 1))) if rng.random() < 0.12 else (0.0, 1.0),
+            field_margin=float(rng.uniform(3, 40)) if rng.random() < 0.3 else float("inf"),
         )
-        return scan.with_kernel(float(rng.random()))
+        return scan.with_kernel(sharp)
 
     def with_kernel(self, sharpness: float) -> Scan:
         """Kernel from soft (0) to sharp (1): resolution, edge enhancement and noise texture go together."""
         sharp = float(np.clip(sharpness, 0, 1))
-        return replace(self, blur=0.85 - 0.45 * sharp, edge=1.3 * max(0.0, sharp - 0.4) ** 1.2, nps_peak=0.22 + 0.33 * sharp)
+        edge = 1.3 * max(0.0, sharp - 0.4) ** 1.2
+        return replace(self, blur=0.85 - 0.45 * sharp, edge=edge, nps_peak=0.22 + 0.33 * sharp)
 
     def without_contrast(self) -> Scan:
         """The same scan before the dye."""
@@ -143,74 +153,11 @@ def blur_in_plane(hu: np.ndarray, frame: Frame, scan: Scan) -> np.ndarray:
     # Partial volume of the grid itself already blurs by a box of one voxel.
     grid = np.array(frame.step[:2]) ** 2 / 12
     sigma = np.sqrt(np.maximum(scan.blur**2 - grid, 0)) / frame.step[:2]
-    sharp = _gaussian(hu, (0.0, sigma[1], sigma[0]))
+    sharp = gaussian(hu, (0.0, sigma[1], sigma[0]))
     if scan.edge <= 0:
         return sharp
-    wide = _gaussian(sharp, (0.0, 1.0 / frame.step[1], 1.0 / frame.step[0]))
+    wide = gaussian(sharp, (0.0, 1.0 / frame.step[1], 1.0 / frame.step[0]))
     return sharp + np.float32(scan.edge) * (sharp - wide)
-
-
-def _gaussian(array: np.ndarray, sigma: tuple[float, float, float]) -> np.ndarray:
-    for axis, width in enumerate(sigma):
-        if width > 0.15:
-            array = _convolve(array, _kernel(width), axis)
-    return array
-
-
-def _kernel(sigma: float) -> np.ndarray:
-    """Gaussian integrated over voxels, odd length, float32."""
-    reach = max(1, int(np.ceil(3 * sigma)))
-    x = np.arange(-reach, reach + 1)
-    weights = np.exp(-0.5 * (x / sigma) ** 2)
-    return (weights / weights.sum()).astype(np.float32)
-
-
-def _convolve(array: np.ndarray, kernel: np.ndarray, axis: int) -> np.ndarray:
-    out = np.empty_like(array)
-    (_convolve_k, _convolve_j, _convolve_i)[axis](np.ascontiguousarray(array), kernel, out)
-    return out
-
-
-@njit(cache=True, fastmath=True)
-def _convolve_k(array, kernel, out):  # type: ignore[no-untyped-def]
-    reach = len(kernel) // 2
-    last = array.shape[0] - 1
-    for k in range(array.shape[0]):
-        for j in range(array.shape[1]):
-            out[k, j] = 0
-            for m in range(len(kernel)):
-                source = min(max(k + m - reach, 0), last)
-                for i in range(array.shape[2]):
-                    out[k, j, i] += kernel[m] * array[source, j, i]
-
-
-@njit(cache=True, fastmath=True)
-def _convolve_j(array, kernel, out):  # type: ignore[no-untyped-def]
-    reach = len(kernel) // 2
-    last = array.shape[1] - 1
-    for k in range(array.shape[0]):
-        for j in range(array.shape[1]):
-            out[k, j] = 0
-            for m in range(len(kernel)):
-                source = min(max(j + m - reach, 0), last)
-                for i in range(array.shape[2]):
-                    out[k, j, i] += kernel[m] * array[k, source, i]
-
-
-@njit(cache=True, fastmath=True)
-def _convolve_i(array, kernel, out):  # type: ignore[no-untyped-def]
-    reach = len(kernel) // 2
-    size = array.shape[2]
-    padded = np.empty(size + 2 * reach, np.float32)
-    for k in range(array.shape[0]):
-        for j in range(array.shape[1]):
-            padded[:reach] = array[k, j, 0]
-            padded[reach : reach + size] = array[k, j]
-            padded[reach + size :] = array[k, j, size - 1]
-            out[k, j] = 0
-            for m in range(len(kernel)):
-                for i in range(size):
-                    out[k, j, i] += kernel[m] * padded[i + m]
 
 
 def slice_profile(hu: np.ndarray, fine: Frame, coarse: Frame, thickness: float) -> np.ndarray:
@@ -239,7 +186,9 @@ def slice_profile(hu: np.ndarray, fine: Frame, coarse: Frame, thickness: float) 
     return out
 
 
-def noise_tile(rng: np.random.Generator, step: tuple[float, float, float], peak: float, thickness: float, size: int = 96) -> np.ndarray:
+def noise_tile(
+    rng: np.random.Generator, step: tuple[float, float, float], peak: float, thickness: float, size: int = 96
+) -> np.ndarray:
     """Periodic noise with the power spectrum of filtered back-projection on a grid.
 
     In plane the power rises like a ramp and falls like a Gaussian, with its maximum at ``peak`` cycles per mm; along z
@@ -254,10 +203,8 @@ def noise_tile(rng: np.random.Generator, step: tuple[float, float, float], peak:
     Returns:
         float32 (size, size, size) [k, j, i], with the variance of a unit-variance scan seen on this grid.
     """
-    fx, fy = (np.fft.fftfreq(size, d) for d in step[:2])
-    fz = fx_half = np.fft.fftfreq(size, step[2])
-    fx_half = np.fft.rfftfreq(size, step[0])
-    plane = np.hypot(fy[:, None], fx_half[None])
+    fx, fy, fz = np.fft.rfftfreq(size, step[0]), np.fft.fftfreq(size, step[1]), np.fft.fftfreq(size, step[2])
+    plane = np.hypot(fy[:, None], fx[None])
     plane_power = plane * np.exp(-0.5 * (plane / peak) ** 2)
     plane_total = 2 * np.pi * peak**3 * np.sqrt(np.pi / 2)
     fall = (np.pi * thickness) ** 2 / 3
@@ -276,14 +223,17 @@ def _power(half: np.ndarray, size: int) -> float:
     return float(half.sum() + double)
 
 
-def path_noise(attenuation: np.ndarray, step: float, angles: int = 12, modulation: float = 0.55) -> np.ndarray:
+def path_noise(attenuation: np.ndarray, step: float, angles: int = 12, modulation: float = 0.5) -> np.ndarray:
     """Local noise level from the attenuation along all rays through a point.
+
+    The variance is the mean of the rays' exp(attenuation); the tube current follows each view's densest ray in part;
+    a share is alike everywhere (electronics, scatter, the reconstruction's spread), fitted to a real scan's air.
 
     Args:
         attenuation: float32 [k, j, i], per mm, on a coarse grid.
         step: mm of the grid, in plane.
         angles: directions over a half turn.
-        modulation: exponent below 1: the tube current follows the patient's size.
+        modulation: 0-1, how far the tube current makes up for a view's densest ray.
 
     Returns:
         float32 [k, j, i], 1 in the middle of 300 mm of water.
@@ -291,7 +241,8 @@ def path_noise(attenuation: np.ndarray, step: float, angles: int = 12, modulatio
     reference = 0.0192 * 300
     out = np.empty(attenuation.shape, np.float32)
     directions = np.pi * (np.arange(angles) + 0.5) / angles
-    _path_noise(attenuation.astype(np.float32), step, np.cos(directions), np.sin(directions), modulation, reference, out)
+    rays = np.cos(directions), np.sin(directions)
+    _path_noise(attenuation.astype(np.float32), step, *rays, modulation, reference, out)
     return out
 
 
@@ -300,6 +251,7 @@ def _path_noise(mu, step, cosines, sines, modulation, reference, out):  # type: 
     nk, nj, ni = mu.shape
     bins = int(np.hypot(nj, ni)) + 4
     paths = np.zeros((len(cosines), bins), np.float32)
+    current = np.zeros(len(cosines), np.float32)
     for k in range(nk):
         paths[:] = 0
         for j in range(nj):
@@ -310,13 +262,15 @@ def _path_noise(mu, step, cosines, sines, modulation, reference, out):  # type: 
                         low = int(s)
                         paths[a, low] += mu[k, j, i] * step * (1 - (s - low))
                         paths[a, low + 1] += mu[k, j, i] * step * (s - low)
+        for a in range(len(cosines)):
+            current[a] = modulation * (paths[a].max() - reference)
         for j in range(nj):
             for i in range(ni):
                 total = 0.0
                 for a in range(len(cosines)):
                     s = (i - ni / 2) * cosines[a] + (j - nj / 2) * sines[a] + bins / 2
-                    total += np.exp(modulation * (paths[a, int(s + 0.5)] - reference))
-                out[k, j, i] = np.sqrt(total / len(cosines))
+                    total += np.exp(paths[a, int(s + 0.5)] - reference - current[a])
+                out[k, j, i] = np.sqrt(0.97 * total / len(cosines) + 0.03)
 
 
 def add_noise(
@@ -368,3 +322,88 @@ def blur_motion(hu: np.ndarray, weight: np.ndarray, frame: Frame, motion: float)
     zoom = [n / m for n, m in zip(hu.shape, weight.shape, strict=True)]
     local = ndimage.zoom(weight.astype(np.float32), zoom, order=1, grid_mode=True, mode="nearest")
     return hu + local * (moved - hu)
+
+
+def lateral_excess(attenuation: np.ndarray, step: float) -> np.ndarray:
+    """How much more noise the left-right rays of each row carry than the rays across, 0 where none.
+
+    Args:
+        attenuation: float32 [k, j, i], per mm, on a coarse grid of ``step`` mm.
+
+    Returns:
+        float32 [k, j, 1].
+    """
+    lateral = attenuation.sum(axis=2, keepdims=True) * step
+    across = np.percentile(attenuation.sum(axis=1) * step, 80, axis=1)[:, None, None]
+    return np.clip(np.exp(0.55 * (lateral - np.maximum(across, 3.0))) - 1, 0, 12).astype(np.float32)
+
+
+def add_shoulder_streaks(
+    hu: np.ndarray, frame: Frame, scan: Scan, excess: np.ndarray, rng: np.random.Generator
+) -> None:
+    """Left-right streaks and a dark band where the shoulders starve the detector of photons, in place.
+
+    Args:
+        excess: float32 of ``lateral_excess`` on a grid of any shape over the same extent; one column.
+    """
+    size = 64
+    lengths = (0.6 * scan.thickness / frame.step[2], 0.8, 30 / frame.step[0])
+    tile = ndimage.gaussian_filter(rng.standard_normal((size, size, 2 * size), dtype=np.float32), lengths, mode="wrap")
+    tile *= np.float32(0.15 * (0.3 + scan.streaks) * scan.noise / np.sqrt(max(scan.thickness, 0.3)) / tile.std())
+    zoom = [n / m for n, m in zip(hu.shape[:2], excess.shape[:2], strict=True)]
+    rows = ndimage.zoom(excess[:, :, 0], zoom, order=1, grid_mode=True, mode="nearest")
+    _add_rows(hu, tile, rows.astype(np.float32), np.float32(4.0 * scan.streaks))
+
+
+@njit(cache=True, fastmath=True)
+def _add_rows(hu, tile, rows, shade):  # type: ignore[no-untyped-def]
+    nk, nj, ni = tile.shape
+    for k in range(hu.shape[0]):
+        for j in range(hu.shape[1]):
+            level = rows[k, j]
+            if level < 0.02:
+                continue
+            for i in range(hu.shape[2]):
+                hu[k, j, i] += level * tile[k % nk, j % nj, i % ni]
+                if hu[k, j, i] > -300:
+                    hu[k, j, i] -= shade * level
+
+
+def add_contrast_streaks(
+    hu: np.ndarray, frame: Frame, sources: np.ndarray, strength: float, rng: np.random.Generator
+) -> None:
+    """Bright and dark rays around a vein full of dense contrast, in place.
+
+    Args:
+        sources: (M, 4) float: x, y, z LPS mm and radius mm of the vein in its slices, by rising z.
+        strength: HU at the vein's edge.
+    """
+    if strength <= 0 or not len(sources):
+        return
+    order = np.arange(3, 22)
+    phases = rng.uniform(0, 2 * np.pi, (2, len(order)))
+    weight = rng.normal(0, 1, len(order)) / np.sqrt(len(order))
+    turns = np.linspace(0, 2 * np.pi, 720, endpoint=False)
+    z = frame.axis(2)
+    inside = (z >= sources[0, 2] - 4) & (z <= sources[-1, 2] + 4)
+    for k in np.flatnonzero(inside):
+        x, y, radius = (np.interp(z[k], sources[:, 2], sources[:, column]) for column in (0, 1, 3))
+        drift = phases[0] + z[k] / 9.0 * np.cos(phases[1])
+        rays = (weight[None] * np.cos(turns[:, None] * order + drift)).sum(axis=1).astype(np.float32)
+        place = (x - frame.origin[0]) / frame.step[0], (y - frame.origin[1]) / frame.step[1]
+        _add_rays(hu[k], rays, *place, frame.step[0], frame.step[1], radius, np.float32(strength))
+
+
+@njit(cache=True, fastmath=True)
+def _add_rays(plane, rays, x, y, dx, dy, radius, strength):  # type: ignore[no-untyped-def]
+    reach = 90.0
+    turn = len(rays) / (2 * np.pi)
+    for j in range(max(0, int(y - reach / dy)), min(plane.shape[0], int(y + reach / dy) + 1)):
+        for i in range(max(0, int(x - reach / dx)), min(plane.shape[1], int(x + reach / dx) + 1)):
+            u, v = (i - x) * dx, (j - y) * dy
+            r = np.sqrt(u * u + v * v)
+            if r > reach:
+                continue
+            ray = rays[int((np.arctan2(v, u) + 2 * np.pi) * turn) % len(rays)]
+            fall = np.exp(-(r - radius) / 22.0) if r > radius else r / radius
+            plane[j, i] += strength * ray * fall

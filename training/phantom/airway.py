@@ -6,14 +6,14 @@ The tree that is grown here is the whole bronchovascular tree; the airway shows 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.spatial import cKDTree
 
 from training.phantom.branching import Branches, FillRule, VoxelMap, fill_cloud, unit
 
-__all__ = ["Central", "Frame", "central_airway", "fill_segments", "grow_stems"]
+__all__ = ["Central", "Frame", "central_airway", "fill_segments", "grow_stems", "split_clouds"]
 
 Nest = int | tuple["Nest", ...]
 
@@ -52,12 +52,14 @@ class Central:
         stem: name of the lobar branch -> pattern of segmental bronchi that grow from its end.
         gate: lobe or division -> (3,) point where its bronchus divides.
         variants: names of the variants.
+        position: segment code -> position in its lobe where it is not the usual one.
     """
 
     branches: Branches
     stem: dict[str, Nest]
     gate: dict[str, np.ndarray]
     variants: list[str]
+    position: dict[int, tuple[float, float, float]] = field(default_factory=dict)
 
 
 def _choose(rng: np.random.Generator, table: list[tuple[float, Nest, str]], variants: list[str]) -> Nest:
@@ -69,24 +71,51 @@ def _choose(rng: np.random.Generator, table: list[tuple[float, Nest, str]], vari
     return nest
 
 
-# Frequencies in percent; sources in ``literature``.
+# Branching patterns with their frequency in percent; "" is the usual one. 100 + code and 200 + code are the two parts
+# of a segment that has two bronchi (see ``SPLITS``). Sources: right, Huang 2019 and Wang 2018 (238 CTs); left upper,
+# 10,000 CTs (2023) and Zhao 2009 (216 CTs); left lower, 540 CTs (2024); double B6, Atwell 1966 (1200 bronchograms).
+# The full references are in ``literature``.
 RIGHT_UPPER: list[tuple[float, Nest, str]] = [
-    (50, (1, 2, 3), "RUL trifurcation"),
-    (18, ((1, 2), 3), "RUL B1+2 common trunk"),
-    (20, ((1, 3), 2), "RUL B1+3 common trunk"),
-    (12, (1, (2, 3)), "RUL B2+3 common trunk"),
+    (58.8, (1, 2, 3), ""),
+    (18.5, ((1, 2), 3), "right B1+2 common trunk"),
+    (11.8, ((101, 2), (201, 3)), "right B1 divided between B2 and B3"),
+    (9.2, (1, (2, 3)), "right B2+3 common trunk"),
+    (1.7, ((1, 3), 2), "right B1+3 common trunk"),
+]
+RIGHT_MIDDLE: list[tuple[float, Nest, str]] = [
+    (96.2, (4, 5), ""),
+    (3.8, (104, 204, 5), "right middle lobe trifurcation"),
 ]
 RIGHT_BASAL: list[tuple[float, Nest, str]] = [
-    (60, (7, (8, (9, 10))), ""),
-    (15, (7, (8, 9, 10)), "RLL basal trifurcation"),
-    (15, (7, ((8, 9), 10)), "RLL B8+9 common trunk"),
-    (10, ((7, 8), (9, 10)), "RLL B7 with B8"),
+    (57.0, (7, (8, (9, 10))), ""),
+    (17.6, (7, ((8, 209), (109, 10))), "right B9 divided between B8 and B10"),
+    (10.5, (7, ((8, 9), 10)), "right B8+9 common trunk"),
+    (8.8, (7, (8, 9, 10)), "right B8-9-10 trifurcation"),
+    (3.8, ((7, 8), (9, 10)), "right B7+8 common trunk"),
+]
+LEFT_DIVISION: list[tuple[float, Nest, str]] = [
+    (76.1, (11, 12), ""),
+    (17.3, (111, 211, 12), "left B1, B2, B3 trifurcation"),
+    (5.7, (111, (211, 12)), "left B1+3 common trunk"),
 ]
 LEFT_BASAL: list[tuple[float, Nest, str]] = [
-    (70, (16, (17, 18)), ""),
-    (15, (16, 17, 18), "LLL basal trifurcation"),
-    (15, ((16, 17), 18), "LLL B8+9 common trunk"),
+    (70.0, (16, (17, 18)), ""),
+    (18.7, (16, 17, 18), "left basal trifurcation"),
+    (10.4, ((16, 17), 18), "left B8+9 common trunk"),
 ]
+#: How a segment with two bronchi is divided: axis of the point (x, y, z), share of the first part (the higher values).
+SPLITS: dict[int, tuple[int, float]] = {
+    1: (1, 0.5),
+    4: (2, 0.5),
+    6: (2, 0.6),
+    9: (1, 0.5),
+    10: (2, 0.25),
+    11: (1, 0.5),
+    15: (2, 0.6),
+    18: (2, 0.25),
+}
+#: S4 above S5 instead of beside it, as in the lingula.
+STACKED: dict[int, tuple[float, float, float]] = {4: (0.75, 0.45, 0.95), 5: (0.5, 0.25, 0.05)}
 
 
 def central_airway(frame: Frame, rng: np.random.Generator) -> Central:
@@ -94,10 +123,23 @@ def central_airway(frame: Frame, rng: np.random.Generator) -> Central:
     marks = frame.landmarks
     central = Central(Branches(np.asarray(marks["trachea_top"], dtype=np.float64)), {}, {}, [])
     carina = np.asarray(marks["carina"], dtype=np.float64)
-    trachea = central.branches.add(-1, carina, "trachea")
+    trachea = _trachea(central, frame, rng, carina)
     _right(central, frame, rng, trachea, carina)
     _left(central, frame, rng, trachea, carina)
     return central
+
+
+def _trachea(central: Central, frame: Frame, rng: np.random.Generator, carina: np.ndarray) -> int:
+    """The trachea; in 0.7 % of patients with a tracheal bronchus (Ghaye 2001: 0.1-2 %)."""
+    branches = central.branches
+    if rng.random() >= 0.007:
+        return branches.add(-1, carina, "trachea")
+    central.variants.append("tracheal bronchus")
+    high = carina + rng.uniform(0.1, 0.25) * (branches.root - carina)
+    upper = branches.add(-1, high, "trachea")
+    goal = frame.reach(1, high + frame.scale * np.array([-32.0, 4.0, 8.0]))
+    branches.add(upper, high + 0.8 * (goal - high), "tracheal bronchus")
+    return branches.add(upper, carina, "lower trachea", generation=0)
 
 
 def _aim(rng: np.random.Generator, direction: tuple[float, float, float], spread: float = 0.08) -> np.ndarray:
@@ -107,55 +149,96 @@ def _aim(rng: np.random.Generator, direction: tuple[float, float, float], spread
 def _right(central: Central, frame: Frame, rng: np.random.Generator, trachea: int, carina: np.ndarray) -> None:
     branches, scale = central.branches, frame.scale
     hilum = np.asarray(frame.landmarks["hilum_right"])
-    angle = np.deg2rad(rng.normal(32, 5))
-    free = carina + scale * rng.normal(22, 2.5) * np.array([-np.sin(angle), 0.15, -np.cos(angle)])
-    # the lungs say where the bronchus has to go: the upper bronchus leaves above the middle of the hilum
-    goal = hilum + scale * np.array([9.0, 2.0, 10.0])
-    main_end = carina + _within(0.5 * (free + goal) - carina, 16 * scale, 32 * scale)
+    main_end = _right_main_end(frame, rng, carina)
     main = branches.add(trachea, main_end, "right main")
-    upper_end = frame.reach(1, main_end + scale * rng.normal(13, 1.5) * _aim(rng, (-0.85, 0.05, 0.35)))
-    upper = branches.add(main, _toward(main_end, upper_end, 22 * scale), "right upper")
-    central.stem["right upper"] = _choose(rng, RIGHT_UPPER, central.variants)
+    upper_end = frame.reach(1, main_end + scale * rng.normal(14, 1.5) * _aim(rng, (-0.88, 0.05, 0.25)))
+    branches.add(main, _toward(main_end, upper_end, 22 * scale), "right upper")
+    central.stem["right upper"] = _right_upper(central, rng)
     down = unit(hilum + scale * np.array([3.0, 5.0, -22.0]) - main_end)
-    inter_end = main_end + scale * rng.normal(23, 2.5) * unit(down + _aim(rng, (-0.15, 0.15, -0.97)))
+    inter_end = main_end + scale * rng.normal(24, 2.5) * unit(down + _aim(rng, (-0.3, 0.15, -0.94)))
+    middle_gate = frame.reach(2, inter_end + scale * np.array([-8.0, -12.0, -7.0]))
+    inter_end[2] = np.clip(middle_gate[2] + 5 * scale, inter_end[2] - 10 * scale, main_end[2] - 12 * scale)
     inter = branches.add(main, inter_end, "intermedius")
     middle_end = frame.reach(2, inter_end + scale * rng.normal(17, 2) * _aim(rng, (-0.5, -0.72, -0.42)))
     branches.add(inter, _toward(inter_end, middle_end, 28 * scale), "middle")
-    central.stem["middle"] = (4, 5)
-    if rng.random() < 0.1:
-        central.variants.append("RML B4-5 stacked")
+    central.stem["middle"] = _choose(rng, RIGHT_MIDDLE, central.variants)
+    if rng.random() < 0.08:
+        central.variants.append("right S4 above S5")
+        central.position |= STACKED
     lower_end = frame.reach(3, inter_end + scale * rng.normal(9, 1.5) * _aim(rng, (-0.3, 0.3, -0.9)))
     lower = branches.add(inter, _toward(inter_end, lower_end, 20 * scale), "right lower")
-    central.stem["right lower"] = 6
     trunk_end = frame.reach(3, branches.end[lower] + scale * rng.normal(14, 2) * _aim(rng, (-0.35, 0.3, -0.88)))
-    basal = branches.add(lower, trunk_end, "right basal")
-    central.stem["right basal"] = _choose(rng, RIGHT_BASAL, central.variants)
-    for name, index in (("right upper", upper), ("middle", inter), ("right lower", lower), ("right basal", basal)):
-        central.gate[name] = branches.end[index]
+    branches.add(lower, trunk_end, "right basal")
+    basal = _choose(rng, RIGHT_BASAL, central.variants)
+    central.stem |= _lower_stems(central, rng, "right", basal, 6, 10, 0.04)
+    for gate, name in (("right upper",) * 2, ("middle", "intermedius"), ("right lower",) * 2, ("right basal",) * 2):
+        central.gate[gate] = branches.end[branches.index(name)]
+
+
+def _right_main_end(frame: Frame, rng: np.random.Generator, carina: np.ndarray) -> np.ndarray:
+    """Zhang 2015 (2107 CTs): 13.6 +- 4.3 mm long, 34.9 degrees; and toward where the upper lobe lies."""
+    scale, hilum = frame.scale, np.asarray(frame.landmarks["hilum_right"])
+    angle = np.deg2rad(rng.normal(35, 5))
+    free = carina + scale * rng.normal(16, 3) * np.array([-np.sin(angle), 0.2, -np.cos(angle)])
+    goal = frame.reach(1, hilum + scale * np.array([-4.0, 2.0, 14.0])) + scale * np.array([14.0, 0.0, -4.0])
+    return carina + _within(0.6 * free + 0.4 * goal - carina, 11 * scale, 27 * scale)
+
+
+def _right_upper(central: Central, rng: np.random.Generator) -> Nest:
+    if "tracheal bronchus" in central.variants:
+        central.stem["tracheal bronchus"] = 1
+        return (2, 3)
+    return _choose(rng, RIGHT_UPPER, central.variants)
+
+
+def _lower_stems(
+    central: Central, rng: np.random.Generator, side: str, basal: Nest, superior: int, posterior: int, double: float
+) -> dict[str, Nest]:
+    """Patterns of B6 and of the basal trunk, with a second B6 or a subsuperior bronchus in some patients."""
+    upper: Nest = superior
+    draw = rng.random()
+    if draw < double:
+        central.variants.append(f"{side} B6 double")
+        upper, basal = 100 + superior, (200 + superior, basal)
+    elif draw < double + 0.2 and all(leaf < 100 for leaf in _leaves(basal)):
+        central.variants.append(f"{side} subsuperior bronchus")
+        basal = (100 + posterior, _swap(basal, posterior, 200 + posterior))
+    return {f"{side} lower": upper, f"{side} basal": basal}
+
+
+def _swap(nest: Nest, old: int, new: int) -> Nest:
+    if isinstance(nest, int):
+        return new if nest == old else nest
+    return tuple(_swap(part, old, new) for part in nest)
 
 
 def _left(central: Central, frame: Frame, rng: np.random.Generator, trachea: int, carina: np.ndarray) -> None:
     branches, scale = central.branches, frame.scale
     hilum = np.asarray(frame.landmarks["hilum_left"])
-    angle = np.deg2rad(rng.normal(45, 5))
+    # Zhang 2015: 48.3 +- 6.5 mm long, 42.5 degrees
+    angle = np.deg2rad(rng.normal(43, 5))
     free = carina + scale * rng.normal(46, 4) * np.array([np.sin(angle), 0.25, -np.cos(angle)])
     goal = hilum + scale * np.array([-8.0, 2.0, 0.0])
     main_end = carina + _within(0.5 * (free + goal) - carina, 32 * scale, 58 * scale)
     main = branches.add(trachea, main_end, "left main")
     upper_end = frame.reach(4, main_end + scale * rng.normal(11, 1.5) * _aim(rng, (0.85, -0.5, 0.05)))
     upper = branches.add(main, _toward(main_end, upper_end, 22 * scale), "left upper")
-    division_end = frame.reach(4, branches.end[upper] + scale * rng.normal(10, 1.5) * _aim(rng, (0.3, -0.1, 0.95)))
+    length = scale * rng.normal(10, 1.5)
+    if rng.random() < 0.04:  # B1+2, B3 and lingula from one point
+        central.variants.append("left upper trifurcation")
+        length = 2.5 * scale
+    division_end = frame.reach(4, branches.end[upper] + length * _aim(rng, (0.3, -0.1, 0.95)))
     lingula_end = frame.reach(4, branches.end[upper] + scale * rng.normal(15, 2) * _aim(rng, (0.4, -0.7, -0.6)))
     branches.add(upper, division_end, "upper division")
     branches.add(upper, lingula_end, "lingula")
-    central.stem["upper division"] = (11, 12)
+    central.stem["upper division"] = _choose(rng, LEFT_DIVISION, central.variants)
     central.stem["lingula"] = (13, 14)
     lower_end = frame.reach(5, main_end + scale * rng.normal(11, 1.5) * _aim(rng, (0.3, 0.45, -0.84)))
     lower = branches.add(main, _toward(main_end, lower_end, 22 * scale), "left lower")
-    central.stem["left lower"] = 15
     trunk_end = frame.reach(5, branches.end[lower] + scale * rng.normal(16, 2) * _aim(rng, (0.3, 0.25, -0.92)))
     branches.add(lower, trunk_end, "left basal")
-    central.stem["left basal"] = _choose(rng, LEFT_BASAL, central.variants)
+    basal = _choose(rng, LEFT_BASAL, central.variants)
+    central.stem |= _lower_stems(central, rng, "left", basal, 15, 18, 0.03)
     for name, branch in (
         ("left upper", "left upper"),
         ("upper division", "left upper"),
@@ -177,16 +260,34 @@ def _toward(start: np.ndarray, goal: np.ndarray, limit: float) -> np.ndarray:
     return start + _within(goal - start, 0.35 * limit, 3 * limit)
 
 
+def split_clouds(central: Central, clouds: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """Clouds per leaf of the branching patterns: those of segments with two bronchi are divided (see ``SPLITS``)."""
+    result = dict(clouds)
+    for leaf in _leaves(tuple(central.stem.values())):
+        code, cloud = leaf % 100, clouds[leaf % 100]
+        if leaf > 200 and len(cloud):
+            axis, share = SPLITS[code]
+            high = cloud[:, axis] >= np.quantile(cloud[:, axis], 1 - share)
+            result[100 + code], result[200 + code] = cloud[high], cloud[~high]
+        elif leaf > 200:
+            result[100 + code] = result[200 + code] = cloud
+    return result
+
+
 def grow_stems(
-    central: Central, centroids: dict[int, np.ndarray], inside: VoxelMap, frame: Frame, rng: np.random.Generator
+    central: Central, clouds: dict[int, np.ndarray], inside: VoxelMap, frame: Frame, rng: np.random.Generator
 ) -> dict[int, int]:
-    """Segmental bronchi from the lobar ones; returns segment code -> branch of its segmental bronchus."""
+    """Segmental bronchi from the lobar ones; returns leaf of the pattern -> branch of its segmental bronchus.
+
+    Args:
+        clouds: points per leaf, see ``split_clouds``.
+        inside: segment codes.
+    """
     stems: dict[int, int] = {}
     for name, nest in central.stem.items():
         tip = central.branches.index(name)
-        parts = (nest,) if isinstance(nest, int) else nest
-        for part in parts:
-            _nested(central, tip, part, centroids, inside, frame.scale, rng, stems)
+        for part in (nest,) if isinstance(nest, int) else nest:
+            _nested(central, tip, part, clouds, inside, frame.scale, rng, stems)
     return stems
 
 
@@ -198,27 +299,36 @@ def _nested(
     central: Central,
     tip: int,
     nest: Nest,
-    centroids: dict[int, np.ndarray],
+    clouds: dict[int, np.ndarray],
     inside: VoxelMap,
     scale: float,
     rng: np.random.Generator,
     stems: dict[int, int],
 ) -> None:
     branches = central.branches
-    codes = [code for code in _leaves(nest) if code in centroids]
-    if not codes:
+    leaves = [leaf for leaf in _leaves(nest) if len(clouds[leaf])]
+    if not leaves:
         return
     start = branches.end[tip]
-    goal = np.mean([centroids[code] for code in codes], axis=0)
-    if len(codes) == 1:
-        share = rng.uniform(0.28, 0.38)
-        end = start + _within(share * (goal - start), 7 * scale, 20 * scale)
-        stems[codes[0]] = branches.add(tip, end, f"B{codes[0]}", codes[0])
+    goal = np.mean([clouds[leaf].mean(0) for leaf in leaves], axis=0)
+    if len(leaves) == 1:
+        leaf = leaves[0]
+        end = start + _within(rng.uniform(0.28, 0.38) * (goal - start), 7 * scale, 20 * scale)
+        stems[leaf] = branches.add(tip, _settle(end, leaf, clouds[leaf], inside), f"B{leaf}", leaf % 100)
         return
     way = unit(0.5 * branches.direction(tip) + unit(goal - start))
-    trunk = branches.add(tip, start + scale * rng.uniform(6, 11) * way, "")
+    trunk = branches.add(tip, start + scale * rng.uniform(5, 9) * way, "trunk")
     for part in nest if not isinstance(nest, int) else (nest,):
-        _nested(central, trunk, part, centroids, inside, scale, rng, stems)
+        _nested(central, trunk, part, clouds, inside, scale, rng, stems)
+
+
+def _settle(end: np.ndarray, leaf: int, cloud: np.ndarray, inside: VoxelMap) -> np.ndarray:
+    """The end of a segmental bronchus inside its segment."""
+    if inside.at(end[None])[0] == leaf % 100:
+        return end
+    near = cloud[np.argsort(np.linalg.norm(cloud - end, axis=1))[:4]]
+    middle = near.mean(0)
+    return middle if inside.at(middle[None])[0] == leaf % 100 else near[0]
 
 
 def fill_segments(
@@ -226,15 +336,14 @@ def fill_segments(
     stems: dict[int, int],
     clouds: dict[int, np.ndarray],
     territory: VoxelMap,
+    lobes: VoxelMap,
     rule: FillRule,
     rng: np.random.Generator,
 ) -> None:
-    """Volume-fill each segment from the end of its segmental bronchus."""
-    for code, tip in stems.items():
-        if not len(clouds[code]):
-            continue
-        seed = int(rng.integers(2**31))
+    """Volume-fill each segment from the end of its segmental bronchus (or bronchi)."""
+    for leaf, tip in stems.items():
+        seed, code = int(rng.integers(2**31)), leaf % 100
         ends, parents = fill_cloud(
-            clouds[code], branches.end[tip], branches.direction(tip), territory, code, rule, seed
+            clouds[leaf], branches.end[tip], branches.direction(tip), territory, lobes, code, rule, seed
         )
         branches.extend(tip, ends, parents, code)

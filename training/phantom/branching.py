@@ -88,13 +88,16 @@ class FillRule:
         min_length: mm; a shorter branch is made this long if its cloud allows.
         split: smallest share of the cloud that the minor child gets.
         reach: how far a terminal branch goes to its last point, 0-1.
+        constructive: another rule instead: points are joined one by one, each to the branch where it costs least
+            (as in constrained constructive optimization, Schreiner 1993); only ``reach`` applies to it.
     """
 
     fraction: float = 0.4
     max_angle: float = 60.0
     min_length: float = 2.0
     split: float = 0.3
-    reach: float = 0.85
+    reach: float = 0.92
+    constructive: bool = False
 
 
 def fill_cloud(
@@ -102,21 +105,29 @@ def fill_cloud(
     tip: np.ndarray,
     direction: np.ndarray,
     territory: VoxelMap,
+    outer: VoxelMap,
     code: int,
     rule: FillRule,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Grow a tree from ``tip`` into the (N, 3) points of ``cloud``, staying where ``territory`` is ``code``.
 
+    Where it cannot, it stays in one code of ``outer`` (on the same grid).
+
     Returns:
         (ends (M, 3), parents (M,)): branch ends and the index of each parent branch, -1 for the tip itself;
         parents come first.
     """
+    if rule.constructive:
+        return _construct_tree(
+            np.asarray(cloud, float), np.asarray(tip, float), territory, outer, code, rule.reach, seed
+        )
     ends, parents = _fill(
         np.ascontiguousarray(cloud, dtype=np.float64),
         np.asarray(tip, dtype=np.float64),
         np.asarray(direction, dtype=np.float64),
         territory.array,
+        outer.array,
         territory.spacing,
         territory.origin,
         code,
@@ -131,7 +142,9 @@ def fill_cloud(
 
 
 @njit(cache=True)
-def _fill(cloud, tip, direction, territory, spacing, origin, code, fraction, cos_limit, min_length, split, reach, seed):  # type: ignore[no-untyped-def]  # noqa: E501
+def _fill(
+    cloud, tip, direction, territory, outer, spacing, origin, code, fraction, cos_limit, min_length, split, reach, seed
+):  # type: ignore[no-untyped-def]
     np.random.seed(seed)
     size = len(cloud)
     ends = np.empty((4 * size + 8, 3))
@@ -149,7 +162,20 @@ def _fill(cloud, tip, direction, territory, spacing, origin, code, fraction, cos
             if b <= a:
                 continue
             end, ok = _branch(
-                cloud, a, b, start, heading, territory, spacing, origin, code, fraction, cos_limit, min_length, reach
+                cloud,
+                a,
+                b,
+                start,
+                heading,
+                territory,
+                outer,
+                spacing,
+                origin,
+                code,
+                fraction,
+                cos_limit,
+                min_length,
+                reach,
             )
             if not ok:
                 continue
@@ -199,39 +225,141 @@ def _split(cloud, low, high, start, split):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True)
-def _branch(cloud, low, high, start, heading, territory, spacing, origin, code, fraction, cos_limit, min_length, reach):  # type: ignore[no-untyped-def]  # noqa: E501
-    """End of the branch from ``start`` toward the centroid of cloud[low:high], and whether there is one."""
+def _free(start, end, territory, outer, spacing, origin, code):  # type: ignore[no-untyped-def]
+    """How good a straight branch is: 2 inside its territory, 1 inside the same outer region, 0 neither."""
+    home = _value(outer, end[0], end[1], end[2], spacing, origin)
+    if home == 0:
+        return 0
+    result = 2 if _value(territory, end[0], end[1], end[2], spacing, origin) == code else 1
+    entered = _value(outer, start[0], start[1], start[2], spacing, origin) == home
+    steps = int(np.sqrt(((end - start) ** 2).sum()) / (1.5 * spacing)) + 2
+    for step in range(1, steps):
+        point = start + (step / steps) * (end - start)
+        here = _value(outer, point[0], point[1], point[2], spacing, origin)
+        if here == home:
+            entered = True
+        elif entered:  # a branch may come in from the hilum but not leave again
+            return 0
+    return result
+
+
+@njit(cache=True)
+def _branch(
+    cloud, low, high, start, heading, territory, outer, spacing, origin, code, fraction, cos_limit, min_length, reach
+):  # type: ignore[no-untyped-def]
+    """End of the branch from ``start`` toward the centroid of cloud[low:high], and whether there is one.
+
+    Where the straight way leaves the territory (concave shapes, thin recesses) it is tried toward points of the cloud,
+    and at last through the rest of the lobe.
+    """
     center = np.zeros(3)
     for n in range(low, high):
         center += cloud[n]
     center /= high - low
-    way = center - start
-    distance = np.sqrt((way * way).sum())
-    if distance < 1.0:
-        return start, False
-    way /= distance
-    along = (way * heading).sum()
-    if along < cos_limit and (heading * heading).sum() > 0.5:
-        aside = way - along * heading
-        norm = np.sqrt((aside * aside).sum())
-        if norm > 1e-6:
-            aside /= norm
-            way = cos_limit * heading + np.sqrt(1.0 - cos_limit * cos_limit) * aside
     share = reach if high - low == 1 else fraction * np.random.uniform(0.75, 1.25)
-    length = max(distance * share, min(min_length, 0.9 * distance))
-    for _ in range(5):
-        end = start + length * way
-        inside = True
-        for step in range(1, 4):
-            point = start + (length * step / 3.0) * way
-            if _value(territory, point[0], point[1], point[2], spacing, origin) != code:
-                inside = step == 1 and _value(territory, start[0], start[1], start[2], spacing, origin) != code
-                if not inside:
-                    break
-        if inside and _value(territory, end[0], end[1], end[2], spacing, origin) == code:
-            return end, True
-        length *= 0.7
-    return start, False
+    spare = start.copy()
+    for attempt in range(8):
+        goal = center if attempt == 0 else cloud[np.random.randint(low, high)]
+        way = goal - start
+        distance = np.sqrt((way * way).sum())
+        if distance < 1.0:
+            continue
+        way /= distance
+        along = (way * heading).sum()
+        if along < cos_limit and (heading * heading).sum() > 0.5 and attempt < 4:
+            aside = way - along * heading
+            norm = np.sqrt((aside * aside).sum())
+            if norm > 1e-6:
+                aside /= norm
+                way = cos_limit * heading + np.sqrt(1.0 - cos_limit * cos_limit) * aside
+        length = max(distance * share, min(min_length, 0.9 * distance))
+        for _ in range(3):
+            end = start + length * way
+            quality = _free(start, end, territory, outer, spacing, origin, code)
+            if quality == 2:
+                return end, True
+            if quality == 1 and (spare == start).all():
+                spare = end
+            length *= 0.7
+    return spare, not (spare == start).all()
+
+
+def _construct_tree(
+    cloud: np.ndarray, tip: np.ndarray, territory: VoxelMap, outer: VoxelMap, code: int, reach: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """``fill_cloud`` by ``_construct``, branches sorted so that parents come first."""
+    order = np.random.default_rng(seed).permutation(len(cloud))
+    ends, parents = _construct(
+        np.ascontiguousarray(cloud[order]),
+        tip,
+        territory.array,
+        outer.array,
+        territory.spacing,
+        territory.origin,
+        code,
+        reach,
+    )
+    depth = _depth(parents)
+    rank = np.argsort(depth, kind="stable")
+    number = np.empty(len(rank), dtype=np.int64)
+    number[rank] = np.arange(len(rank))
+    up = parents[rank]
+    return ends[rank], np.where(up >= 0, number[np.maximum(up, 0)], -1)
+
+
+@njit(cache=True)
+def _depth(parents):  # type: ignore[no-untyped-def]
+    """Number of branches above each; parents in any order."""
+    depth = np.zeros(len(parents), np.int64)
+    for n in range(len(parents)):
+        here = parents[n]
+        while here >= 0:
+            depth[n] += 1
+            here = parents[here]
+    return depth
+
+
+@njit(cache=True)
+def _construct(cloud, tip, territory, outer, spacing, origin, code, reach):  # type: ignore[no-untyped-def]
+    """Join each point to the branch where the new length, and a share of the way from the root, is least."""
+    size = 2 * len(cloud) + 2
+    ends = np.empty((size, 3))
+    starts = np.empty((size, 3))
+    parents = np.empty(size, np.int64)
+    way = np.empty(size)  # from the root to the start of the branch
+    count = 0
+    for n in range(len(cloud)):
+        best, best_cost, best_meet = -1, 1e30, tip
+        for b in range(count):
+            axis = ends[b] - starts[b]
+            length = np.sqrt((axis * axis).sum())
+            for share in (0.3, 0.6, 0.9):
+                foot = starts[b] + share * axis
+                meet = foot + 0.2 * (cloud[n] - foot)
+                first = np.sqrt(((meet - starts[b]) ** 2).sum())
+                last = np.sqrt(((ends[b] - meet) ** 2).sum())
+                side = np.sqrt(((cloud[n] - meet) ** 2).sum())
+                cost = first + last + side - length + 0.25 * (way[b] + first + side)
+                if cost < best_cost and _free(meet, cloud[n], territory, outer, spacing, origin, code) > 0:
+                    best, best_cost, best_meet = b, cost, meet
+        goal = cloud[n]
+        if best < 0:
+            if _free(tip, goal, territory, outer, spacing, origin, code) == 0:
+                continue
+            starts[count], ends[count], parents[count], way[count] = tip, tip + reach * (goal - tip), -1, 0.0
+            count += 1
+            continue
+        middle = count  # the lower half of the branch becomes a new one, so that the upper keeps its number
+        starts[middle], ends[middle], parents[middle] = best_meet, ends[best], best
+        for b in range(count):
+            if parents[b] == best:
+                parents[b] = middle
+        ends[best] = best_meet
+        way[middle] = way[best] + np.sqrt(((best_meet - starts[best]) ** 2).sum())
+        starts[middle + 1], parents[middle + 1], way[middle + 1] = best_meet, best, way[middle]
+        ends[middle + 1] = best_meet + reach * (goal - best_meet)
+        count += 2
+    return ends[:count].copy(), parents[:count].copy()
 
 
 @dataclass
@@ -323,7 +451,12 @@ class Nodes:
 
 
 def expand(
-    parent: np.ndarray, start: np.ndarray, end: np.ndarray, max_piece: float, rng: np.random.Generator, bow: float = 0.05
+    parent: np.ndarray,
+    start: np.ndarray,
+    end: np.ndarray,
+    max_piece: float,
+    rng: np.random.Generator,
+    bow: float = 0.05,
 ) -> Nodes:
     """Smooth centerlines: Hermite curves that leave the parent half in its direction, slightly bowed.
 
@@ -346,7 +479,12 @@ def expand(
     first = np.concatenate([[0], np.cumsum(count)[:-1]]).astype(int)
     step = np.arange(len(branch)) - first[branch] + 1
     t = (step / count[branch])[:, None]
-    p0, p1, m0, m1 = start[branch], end[branch], leave[branch] * length[branch, None], own[branch] * length[branch, None]
+    p0, p1, m0, m1 = (
+        start[branch],
+        end[branch],
+        leave[branch] * length[branch, None],
+        own[branch] * length[branch, None],
+    )
     points = (2 * t**3 - 3 * t**2 + 1) * p0 + (t**3 - 2 * t**2 + t) * m0
     points += (3 * t**2 - 2 * t**3) * p1 + (t**3 - t**2) * m1 + np.sin(np.pi * t) ** 2 * side[branch]
     last = first + count - 1
@@ -370,7 +508,9 @@ def to_nodes(branches: Branches, max_piece: float, rng: np.random.Generator, bow
     )
 
 
-def smooth_nodes(points: np.ndarray, parent: np.ndarray, rounds: int, fixed: np.ndarray, weight: float = 0.5) -> np.ndarray:
+def smooth_nodes(
+    points: np.ndarray, parent: np.ndarray, rounds: int, fixed: np.ndarray, weight: float = 0.5
+) -> np.ndarray:
     """Laplacian smoothing along a tree: each node moves toward the mean of its parent and its children's mean.
 
     Args:

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from LCTfoundLib.anatomy.graph import TreeGraph
-from training.phantom.airway import Frame, central_airway, fill_segments, grow_stems
+from training.phantom.airway import Frame, central_airway, fill_segments, grow_stems, split_clouds
 from training.phantom.branching import (
     Branches,
     FillRule,
@@ -81,12 +81,13 @@ class Habit:
 
     @staticmethod
     def sample(rng: np.random.Generator, scale: float, detail: float) -> Habit:
+        volume = 4.5e6 * scale**3
         return Habit(
-            trachea=scale * rng.normal(8.7, 0.7),
-            airway_exponent=rng.uniform(2.5, 2.75),
+            trachea=scale * rng.normal(8.6, 0.7),
+            airway_exponent=rng.uniform(2.35, 2.6),
             ratio=rng.uniform(0.98, 1.2),
             shortest=rng.uniform(0.6, 0.85),
-            unit_volume=3000.0 / detail,
+            unit_volume=volume**0.8 * 4.5e6**0.2 / (1300.0 * detail),
             trunk=scale * rng.normal(13.0, 1.0),
             terminal=rng.uniform(0.4, 0.5),
         )
@@ -102,25 +103,23 @@ def grow_trees(thorax: Thorax, seed: int, shifted: bool = False, detail: float =
         detail: density of small branches, 1 for a usual training case.
     """
     rng = np.random.default_rng([seed, 18, int(shifted)])
-    lobes = VoxelMap(np.ascontiguousarray(thorax.lobes, dtype=np.uint8), thorax.grid.spacing, np.array(thorax.grid.origin, float))
+    lobes = VoxelMap(
+        np.ascontiguousarray(thorax.lobes, dtype=np.uint8), thorax.grid.spacing, np.array(thorax.grid.origin, float)
+    )
     frame = _frame(thorax, lobes)
     habit = Habit.sample(rng, frame.scale, detail)
     central = central_airway(frame, rng)
-    planes = VoxelMap(partition(lobes, central.gate, rng), lobes.spacing, lobes.origin)
-    clouds = _clouds(planes, habit.unit_volume, rng)
-    centroids = {code: cloud.mean(0) for code, cloud in clouds.items() if len(cloud)}
-    stems = grow_stems(central, centroids, planes, frame, rng)
-    fill_segments(central.branches, stems, clouds, planes, _rule(shifted), rng)
+    planes = VoxelMap(partition(lobes, central.gate, central.position, rng), lobes.spacing, lobes.origin)
+    clouds = _clouds(planes, habit.unit_volume, rng, pleura=1.6)
+    clouds = split_clouds(central, clouds)
+    stems = grow_stems(central, clouds, planes, frame, rng)
+    fill_segments(central.branches, stems, clouds, planes, lobes, _rule(shifted), rng)
     bundle = _bundle(central.branches, habit, frame, rng)
-    artery = _artery(bundle, planes, frame, habit, rng)
-    vein = _vein(bundle, artery, planes, stems, frame, habit, rng)
+    segments = planes if shifted else _segments(planes, lobes, bundle)
+    artery = _artery(bundle, segments, frame, habit, rng)
+    vein = _vein(bundle, artery, segments, stems, frame, habit, rng)
     airway, wall = _visible_airway(bundle, habit, rng)
-    if shifted:
-        segments = planes.array
-    else:
-        codes = np.array(central.branches.segment)[bundle.nodes.branch]
-        segments = nearest_branch_segments(lobes, bundle.nodes.points, codes)
-    return LungTrees(airway, artery, vein, wall, segments, central.variants)
+    return LungTrees(airway, artery, vein, wall, segments.array, central.variants)
 
 
 def _frame(thorax: Thorax, lobes: VoxelMap) -> Frame:
@@ -143,19 +142,44 @@ def _frame(thorax: Thorax, lobes: VoxelMap) -> Frame:
 
 
 def _rule(shifted: bool) -> FillRule:
-    return FillRule(fraction=0.5, max_angle=70.0, split=0.4) if shifted else FillRule()
+    return FillRule(reach=0.9, constructive=True) if shifted else FillRule()
 
 
-def _clouds(planes: VoxelMap, unit_volume: float, rng: np.random.Generator) -> dict[int, np.ndarray]:
-    """Random points in each segment, one per ``unit_volume`` mm3."""
-    flat = planes.array.ravel()
-    chance = planes.spacing**3 / unit_volume
-    chosen = np.flatnonzero(flat)
-    chosen = chosen[rng.random(len(chosen)) < chance]
-    points = planes.world(np.stack(np.unravel_index(chosen, planes.array.shape), axis=1))
-    points = points + rng.uniform(-0.5, 0.5, points.shape) * planes.spacing
-    codes = flat[chosen]
+def _segments(planes: VoxelMap, lobes: VoxelMap, bundle: Bundle) -> VoxelMap:
+    """The final segments: nearest labelled branch."""
+    points = bundle.nodes.points
+    codes = np.array(bundle.branches.segment)[bundle.nodes.branch]
+    home = planes.at(points) == codes  # a bronchus that crosses a neighbor on its way supplies nothing there
+    array = nearest_branch_segments(planes, lobes.array, points[home], codes[home], tolerance=4.0)
+    return VoxelMap(array, planes.spacing, planes.origin)
+
+
+def _clouds(
+    planes: VoxelMap, unit_volume: float, rng: np.random.Generator, pleura: float = 1.0
+) -> dict[int, np.ndarray]:
+    """Random points in each segment, one per ``unit_volume`` mm3, and ``pleura`` times as many near the pleura."""
+    array = planes.array
+    chosen = np.flatnonzero(array)
+    chosen = chosen[rng.random(len(chosen)) < pleura * planes.spacing**3 / unit_volume]
+    index = np.stack(np.unravel_index(chosen, array.shape), axis=1)
+    if pleura > 1.0:
+        shell = _near_pleura(array, index, max(1, round(8.0 / planes.spacing)))
+        keep = shell | (rng.random(len(index)) < 1.0 / pleura)
+        index = index[keep]
+    points = planes.world(index) + rng.uniform(-0.5, 0.5, index.shape) * planes.spacing
+    codes = array[tuple(index.T)]
     return {code: points[codes == code] for code in range(1, 19)}
+
+
+def _near_pleura(array: np.ndarray, index: np.ndarray, reach: int) -> np.ndarray:
+    """Whether one of the six voxels at a distance of ``reach`` lies outside the lungs."""
+    near = np.zeros(len(index), dtype=bool)
+    for axis in range(3):
+        for step in (-reach, reach):
+            beside = index.copy()
+            beside[:, axis] = np.clip(beside[:, axis] + step, 0, array.shape[axis] - 1)
+            near |= array[tuple(beside.T)] == 0
+    return near
 
 
 @dataclass
@@ -182,28 +206,29 @@ def _bundle(branches: Branches, habit: Habit, frame: Frame, rng: np.random.Gener
     share = (flow / flow[0]) ** (1 / habit.airway_exponent)
     own = habit.trachea * share * np.exp(rng.normal(0, 0.04, len(parent)))
     own = np.minimum(own, np.where(parent >= 0, own[parent], np.inf))
-    nodes = to_nodes(branches, 4.0, rng)
+    nodes = to_nodes(branches, 4.0, rng, bow=0.08)
     nodes.points = smooth_nodes(nodes.points, nodes.parent, 2, np.zeros(len(nodes.points), bool))
     radius = own[nodes.branch] * (1.05 - 0.1 * nodes.along)
     wall = np.minimum(0.2 + 0.22 * radius, 0.35 + 0.16 * radius)
     return Bundle(branches, nodes, radius, own, np.minimum(wall, 1.8))
 
 
-def _artery(bundle: Bundle, planes: VoxelMap, frame: Frame, habit: Habit, rng: np.random.Generator) -> TreeGraph:
+def _artery(bundle: Bundle, segments: VoxelMap, frame: Frame, habit: Habit, rng: np.random.Generator) -> TreeGraph:
     nodes = bundle.nodes
     clearance = bundle.radius * (1 + habit.ratio) + bundle.wall + rng.uniform(0.3, 0.7)
     tree = artery_tree(bundle.branches, nodes, clearance, frame, rng)
     radius = _vessel_radius(tree, habit)
-    cloud = _any_points(planes, 2.2 * habit.unit_volume, rng)
-    side_branches(tree, ~tree.central & (radius > 0.7) & (radius < 3.0), cloud, planes, FillRule(reach=0.9), rng, 3)
+    cloud = _any_points(segments, 3.5 * habit.unit_volume, rng)
+    eligible = ~tree.central & (radius > 0.7) & (radius < 3.0)
+    side_branches(tree, eligible, cloud, segments, frame.lobes, FillRule(reach=0.9), rng, 3)
     radius = _vessel_radius(tree, habit)
     visible = bundle.radius > 0.5
     push_apart(tree, radius, nodes.points[visible], (bundle.radius + bundle.wall)[visible], frame.lobes, gap=0.2)
     return TreeGraph(tree.points, radius, tree.parent, tree.segment, generations(tree.parent))
 
 
-def _any_points(planes: VoxelMap, unit_volume: float, rng: np.random.Generator) -> np.ndarray:
-    return np.concatenate(list(_clouds(planes, unit_volume, rng).values()))
+def _any_points(segments: VoxelMap, unit_volume: float, rng: np.random.Generator) -> np.ndarray:
+    return np.concatenate(list(_clouds(segments, unit_volume, rng, pleura=1.8).values()))
 
 
 def _vessel_radius(tree: Tree, habit: Habit) -> np.ndarray:
@@ -218,7 +243,7 @@ def _vessel_radius(tree: Tree, habit: Habit) -> np.ndarray:
 def _vein(
     bundle: Bundle,
     artery: TreeGraph,
-    planes: VoxelMap,
+    segments: VoxelMap,
     stems: dict[int, int],
     frame: Frame,
     habit: Habit,
@@ -226,38 +251,37 @@ def _vein(
 ) -> TreeGraph:
     labels = _labels(bundle.branches, stems)[bundle.nodes.branch]
     use = labels[:, 0] > 0
-    grid = lattice(frame.lobes, bundle.nodes.points[use], labels[use], bundle.radius[use], 3.6)
+    grid = lattice(segments, bundle.nodes.points[use], labels[use], bundle.radius[use], 3.6)
     tree = vein_tree(bundle.branches, grid, frame, rng)
     tree.points = smooth_nodes(tree.points, tree.parent, 6, tree.central)
-    cloud = _any_points(planes, 0.9 * habit.unit_volume, rng)
+    cloud = _any_points(segments, 1.1 * habit.unit_volume, rng)
     cloud = cloud[cKDTree(bundle.nodes.points).query(cloud)[0] > 2.5]
-    side_branches(tree, ~tree.central, cloud, frame.lobes, FillRule(fraction=0.45, reach=0.9), rng, 30)
+    side_branches(tree, ~tree.central, cloud, frame.lobes, frame.lobes, FillRule(fraction=0.45, reach=0.9), rng, 16)
     radius = _vessel_radius(tree, habit)
     visible = bundle.radius > 0.5
     others = np.concatenate([bundle.nodes.points[visible], artery.points])
     sizes = np.concatenate([(bundle.radius + bundle.wall)[visible], artery.radius])
     push_apart(tree, radius, others, sizes, frame.lobes, rounds=5)
     children = np.bincount(tree.parent[tree.parent >= 0], minlength=len(tree))
-    codes = planes.at(tree.points).astype(np.int64)
-    segment = subtree_codes(tree.parent, np.where(children == 0, codes, 0))
-    return TreeGraph(tree.points, radius, tree.parent, segment, generations(tree.parent))
+    codes = segments.at(tree.points).astype(np.int64)
+    codes_below = subtree_codes(tree.parent, np.where(children == 0, codes, 0))
+    return TreeGraph(tree.points, radius, tree.parent, codes_below, generations(tree.parent))
 
 
 def _labels(branches: Branches, stems: dict[int, int]) -> np.ndarray:
-    """(B, 3) segment, subsegment and sub-subsegment (branch numbers) of each branch; 0 for central ones."""
-    result = np.zeros((len(branches), 3), dtype=np.int64)
+    """(B, 2) subsegment and sub-subsegment (branch numbers) of each branch; 0 for central ones."""
+    result = np.zeros((len(branches), 2), dtype=np.int64)
     depth = np.full(len(branches), -1)
     roots = set(stems.values())
     for branch, parent in enumerate(branches.parent):
         if branch in roots:
-            depth[branch] = 0
-            result[branch] = branch
+            depth[branch], result[branch] = 0, branch
         elif parent >= 0 and depth[parent] >= 0:
             depth[branch] = depth[parent] + 1
             result[branch] = result[parent]
-            for level in (1, 2):
-                if depth[branch] <= 2 * level - 1:
-                    result[branch, level] = branch
+            result[branch, : 2 if depth[branch] <= 1 else 0] = branch
+            if depth[branch] <= 3:
+                result[branch, 1] = branch
     return result
 
 
@@ -277,5 +301,3 @@ def _visible_airway(bundle: Bundle, habit: Habit, rng: np.random.Generator) -> t
     segment = np.array(bundle.branches.segment)[nodes.branch][take]
     graph = TreeGraph(nodes.points[take], bundle.radius[take], up, segment, generations(up))
     return graph, bundle.wall[take]
-
-

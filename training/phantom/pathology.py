@@ -36,6 +36,8 @@ __all__ = [
 ]
 
 Point = tuple[float, float, float]
+#: Centers LPS mm and radii mm: (x, y, z, radius) each.
+Spheres = tuple[tuple[float, float, float, float], ...]
 
 
 class Pathology(Protocol):
@@ -124,7 +126,7 @@ class MediastinalTumor:
         calcified: 0-1, share of coarse calcification.
     """
 
-    lobules: tuple[tuple[float, float, float, float], ...]
+    lobules: Spheres
     seed: int
     necrosis: float = 0.0
     calcified: float = 0.0
@@ -216,14 +218,15 @@ class Emphysema:
     severity: float
     focus: float
     seed: int
-    bullae: tuple[tuple[float, float, float, float], ...] = ()
+    bullae: Spheres = ()
     name: str = "emphysema"
 
     def paint(self, canvas: Canvas) -> None:
         patch = canvas.whole()
         _, _, z = patch.offsets(np.array([0.0, 0.0, self.focus]))
         weight = np.exp(-((z / 110.0) ** 2)) * 1.6 - 2.4 + 1.7 * self.severity
-        hole = np.clip((patch.noise(self.seed, 5.0) + weight + 0.5 * patch.noise(self.seed + 1, 18.0)) * 2, 0, 1) * patch.lung
+        field = patch.noise(self.seed, 5.0) + 0.5 * patch.noise(self.seed + 1, 18.0)
+        hole = np.clip((field + weight) * 2, 0, 1) * patch.lung
         patch.blend(0.85 * hole, -975.0)
         patch.mark(self.name, hole >= 0.5)
         for x0, y0, z0, radius in self.bullae:
@@ -251,7 +254,7 @@ class GroundGlass:
         density: HU added.
     """
 
-    patches: tuple[tuple[float, float, float, float], ...]
+    patches: Spheres
     density: float
     seed: int
     name: str = "ground glass"
@@ -432,7 +435,7 @@ class Calcification:
         organs: joint codes in which they may lie.
     """
 
-    specks: tuple[tuple[float, float, float, float], ...]
+    specks: Spheres
     organs: tuple[int, ...]
     density: float
     name: str = "calcification"
@@ -482,6 +485,9 @@ class _Sampler:
         """Voxels (N, 3) of organs, every other one."""
         return np.argwhere(np.isin(self.thorax.organs[::2, ::2, ::2], organs)) * 2
 
+    def _spheres(self, voxels: np.ndarray, count: int, least: float, most: float) -> Spheres:
+        return tuple((*_point(self.point(voxels)), float(self.rng.uniform(least, most))) for _ in range(count))
+
     def span(self, axis: int, side: int = 0) -> tuple[float, float]:
         """LPS mm range of the lungs along x (0), y (1) or z (2); side -1 right, 1 left, 0 both."""
         lung = self.lung
@@ -496,7 +502,7 @@ class _Sampler:
         found: list[Pathology] = []
         for _ in range(min(count, 8)):
             radius = float(np.clip(np.exp(rng.normal(np.log(5), 0.6)), 1.8, 22))
-            kind = NoduleKind(rng.choice(["solid", "part-solid", "ground-glass", "spiculated"], p=[0.5, 0.12, 0.15, 0.23]))
+            kind = list(NoduleKind)[int(rng.choice(4, p=[0.5, 0.12, 0.15, 0.23]))]
             cavity = float(rng.uniform(0.3, 0.7)) if radius > 9 and rng.random() < 0.15 else 0.0
             found.append(Nodule(_point(self.point(self.lung)), radius, kind, self.seed(), cavity))
         return found
@@ -529,11 +535,11 @@ class _Sampler:
     def emphysema(self) -> list[Pathology]:
         low, high = self.span(2)
         focus = high - float(self.rng.uniform(0, 0.5)) * (high - low)
-        bullae = []
+        bullae: Spheres = ()
         if self.rng.random() < 0.4:
             rim = self._rim(8.0)
-            bullae = [(*_point(self.point(rim)), float(self.rng.uniform(4, 16))) for _ in range(int(self.rng.integers(1, 10)))]
-        return [Emphysema(float(self.rng.uniform(0.2, 1)), focus, self.seed(), tuple(bullae))]
+            bullae = self._spheres(rim, int(self.rng.integers(1, 10)), 4, 16)
+        return [Emphysema(float(self.rng.uniform(0.2, 1)), focus, self.seed(), bullae)]
 
     def _rim(self, depth: float) -> np.ndarray:
         """Voxels (N, 3) of lung within ``depth`` mm of its surface."""
@@ -543,8 +549,8 @@ class _Sampler:
 
     def ground_glass(self) -> list[Pathology]:
         count = int(self.rng.integers(1, 9))
-        patches = [(*_point(self.point(self.lung)), float(self.rng.uniform(8, 45))) for _ in range(count)]
-        return [GroundGlass(tuple(patches), float(self.rng.uniform(100, 350)), self.seed())]
+        patches = self._spheres(self.lung, count, 8, 45)
+        return [GroundGlass(patches, float(self.rng.uniform(100, 350)), self.seed())]
 
     def consolidation(self) -> list[Pathology]:
         lobe = Lobe(int(self.rng.integers(1, 6)))
@@ -588,18 +594,20 @@ class _Sampler:
         density = float(rng.uniform(250, 900))
         for voxels, organs in ((heart, (Organ.MYOCARDIUM,)), (aorta, (Organ.AORTA, Organ.MEDIASTINAL_FAT))):
             if len(voxels):
-                specks = [(*_point(self.point(voxels)), float(rng.uniform(0.6, 2.8))) for _ in range(int(rng.integers(1, 14)))]
-                found.append(Calcification(tuple(specks), tuple(int(organ) for organ in organs), density))
-        granulomas = [(*_point(self.point(self.lung)), float(rng.uniform(1, 2.5))) for _ in range(int(rng.integers(0, 4)))]
-        found.append(Calcification(tuple(granulomas), tuple(range(LUNG_CODE, LUNG_CODE + 19)), density))
+                specks = self._spheres(voxels, int(rng.integers(1, 14)), 0.6, 2.8)
+                found.append(Calcification(specks, tuple(int(organ) for organ in organs), density))
+        granulomas = self._spheres(self.lung, int(rng.integers(0, 4)), 1, 2.5)
+        found.append(Calcification(granulomas, tuple(range(LUNG_CODE, LUNG_CODE + 19)), density))
         return list(found)
 
     def _aortic_wall(self) -> np.ndarray:
         """Voxels (N, 3) of the aorta beside something else."""
         aorta = self.thorax.organs == Organ.AORTA
-        edge = aorta.copy()
-        edge[1:-1, 1:-1, 1:-1] &= ~(aorta[1:-1, 1:-1, 2:] & aorta[1:-1, 1:-1, :-2] & aorta[1:-1, 2:, 1:-1] & aorta[1:-1, :-2, 1:-1])
-        return np.argwhere(edge)
+        inside = aorta.copy()
+        for axis in (1, 2):
+            for shift in (-1, 1):
+                inside &= np.roll(aorta, shift, axis)
+        return np.argwhere(aorta & ~inside)
 
 
 def _point(values: np.ndarray) -> Point:

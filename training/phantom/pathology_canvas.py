@@ -163,7 +163,7 @@ class DepthMap:
     def at(self, frame: Frame) -> np.ndarray:
         """Depth on another grid, float32 [k, j, i]."""
         out = np.zeros(frame.shape, np.float32)
-        place = np.asarray(frame.origin), np.asarray(frame.step), np.asarray(self.frame.origin), np.asarray(self.frame.step)
+        place = [np.asarray(values) for values in (frame.origin, frame.step, self.frame.origin, self.frame.step)]
         _trilinear(self.depth, *place, out)
         return out
 

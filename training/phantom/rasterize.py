@@ -70,8 +70,9 @@ def coverage(graph: TreeGraph, frame: Frame, shown: np.ndarray, wall: np.ndarray
     if len(graph):
         points, radius, parent, start = _pieces(graph)
         thick = np.zeros(len(graph)) if wall is None else np.asarray(wall, np.float64)
-        geometry = np.asarray(frame.origin), np.asarray(frame.step)
-        _paint(points, radius, start, parent, thick, np.asarray(shown), *geometry, lumen, outer, touched, wall is not None)
+        grid = np.asarray(frame.origin), np.asarray(frame.step)
+        walled = wall is not None
+        _paint(points, radius, start, parent, thick, np.asarray(shown), *grid, lumen, outer, touched, walled)
     return Cover(lumen, outer, touched)
 
 

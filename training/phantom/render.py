@@ -1,8 +1,8 @@
 """From anatomy to CT: one patient, any scan, any box, with exact labels on the same grid.
 
-    patient = make_patient(seed=7)
-    rendered = render(patient, Scan.sample(rng), seed=70)
-    rendered.ct, rendered.segments, rendered.trees      # Volumes; a layer is computed when first asked for
+patient = make_patient(seed=7)
+rendered = render(patient, Scan.sample(rng), seed=70)
+rendered.ct, rendered.segments, rendered.trees      # Volumes; a layer is computed when first asked for
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from training.phantom.acquisition import Contrast, Phase, Regime, Scan
 from training.phantom.growth import LungTrees, grow_trees
 from training.phantom.pathology import Canvas, Pathology, sample_pathologies
 from training.phantom.rasterize import Cover, TreeLabels, coverage, label_trees, visible_pieces
-from training.phantom.render_grid import LUNG_CODE, Frame, sample_labels, uniform_blocks
+from training.phantom.render_grid import LUNG_CODE, Frame, lung_field, sample_labels, uniform_blocks
 from training.phantom.render_tissue import Tissue, add_fissures, add_texture
 from training.phantom.thorax import Organ, Thorax, make_thorax, thorax_from_lobes
 
@@ -37,6 +37,8 @@ Box = tuple[np.ndarray, np.ndarray]
 _VISIBLE = {Tree.AIRWAY: 1.1, Tree.ARTERY: 0.7, Tree.VEIN: 0.7}
 
 _COARSE = 8.0
+
+_PLAIN = Contrast()
 
 
 @dataclass
@@ -77,6 +79,10 @@ class Patient:
         return uniform_blocks(self.codes)
 
     @cached_property
+    def lung_field(self) -> np.ndarray:
+        return lung_field(self.codes)
+
+    @cached_property
     def fissures(self) -> tuple[np.ndarray, np.ndarray]:
         """Distance in 1/20 mm, and lobe code plus 128 where the fissure is complete; uint8 [k, j, i]."""
         distance = np.clip(self.thorax.fissure_distance.astype(np.float32), 0, 12) * 20
@@ -100,10 +106,48 @@ class Patient:
     @cached_property
     def noise_level(self) -> np.ndarray:
         """Local noise on the coarse grid, 1 in the middle of 300 mm of water."""
-        codes, step = self.coarse_codes
+        return acquisition.path_noise(self._attenuation, self.coarse_codes[1])
+
+    @cached_property
+    def lateral_excess(self) -> np.ndarray:
+        """Of left-right over other rays on the coarse grid's rows, [k, j, 2]."""
+        return acquisition.lateral_excess(self._attenuation, self.coarse_codes[1]).repeat(2, axis=2)
+
+    @property
+    def _attenuation(self) -> np.ndarray:
+        """Per mm on the coarse grid."""
         density = 1 + self.tissue.means / 1000
         density[Organ.AIR] = 0
-        return acquisition.path_noise((0.0192 * density.astype(np.float32))[codes], step)
+        return (0.0192 * density.astype(np.float32))[self.coarse_codes[0]]
+
+    @cached_property
+    def dense_vein(self) -> np.ndarray:
+        """(M, 4) x, y, z, radius in mm of the vena cava above the heart, slice by slice of the coarse grid."""
+        codes, step = self.coarse_codes
+        start = self._coarse_start
+        vein = np.isin(codes, [Organ.VENA_CAVA, Organ.BRACHIOCEPHALIC_VEIN])
+        heart = np.flatnonzero((codes == Organ.RIGHT_ATRIUM).any(axis=(1, 2)))
+        found = []
+        for k in range(int(heart[len(heart) // 2]) if len(heart) else 0, len(codes)):
+            rows, columns = np.nonzero(vein[k])
+            if len(rows):
+                place = np.array([columns.mean(), rows.mean(), k]) * step + start + self.frame.origin
+                found.append((*place, 0.5 * step * np.sqrt(len(rows))))
+        return np.array(found).reshape(-1, 4)
+
+    @cached_property
+    def field(self) -> tuple[float, float, float]:
+        """Center x, y and radius (LPS mm) of the circle around the lungs."""
+        columns = np.flatnonzero(self.thorax.lobes.any(axis=(0, 1)))
+        rows = np.flatnonzero(self.thorax.lobes.any(axis=(0, 2)))
+        if not len(columns):
+            return self.frame.origin[0], self.frame.origin[1], float("inf")
+        (x0, x1), (y0, y1) = (self.frame.axis(a)[[used[0], used[-1]]] for a, used in ((0, columns), (1, rows)))
+        return float(x0 + x1) / 2, float(y0 + y1) / 2, float(np.hypot(x1 - x0, 0.6 * (y1 - y0))) / 2
+
+    @property
+    def _coarse_start(self) -> float:
+        return (max(1, round(_COARSE / self.frame.step[0])) // 2) * self.frame.step[0]
 
     @cached_property
     def restless(self) -> np.ndarray:
@@ -121,7 +165,7 @@ class Patient:
     def coarse_in(self, coarse: np.ndarray, frame: Frame) -> np.ndarray:
         """A map of the coarse grid resampled over a frame's extent, about 10 mm apart."""
         step = self.coarse_codes[1]
-        start = (max(1, round(_COARSE / self.frame.step[0])) // 2) * self.frame.step[0]
+        start = self._coarse_start
         axes = []
         for axis in range(3):
             size = frame.shape[2 - axis] * frame.step[axis]
@@ -237,7 +281,7 @@ class Rendered:
     @cached_property
     def _tree_labels(self) -> TreeLabels:
         layers = label_trees(self.patient.graphs, self._covers, self._shown, self.frame)
-        _clear_hidden(layers, self._labels, self.scan, self._look)
+        _clear_hidden(layers, self._labels, self.scan)
         return layers
 
     def _volume(self, array: np.ndarray) -> Volume:
@@ -256,9 +300,12 @@ def make_patient(seed: int, spacing: float = 1.5, shifted: bool = False, lobe_ma
     Args:
         spacing: mm of the anatomy's grid; a scan may be finer.
         shifted: the other generator, for tests of generalization (see ``make_thorax`` and ``grow_trees``).
-        lobe_map: a real lobe map (``Lobe`` codes) whose lungs the patient gets.
+        lobe_map: a real lobe map (``Lobe`` codes, canonical) whose lungs the patient gets.
     """
-    thorax = make_thorax(seed, spacing, shifted) if lobe_map is None else thorax_from_lobes(lobe_map, seed, spacing)
+    if lobe_map is None:
+        thorax = make_thorax(seed, spacing, shifted)
+    else:
+        thorax = thorax_from_lobes(lobe_map.array, lobe_map.spacing, lobe_map.origin, seed, spacing)
     trees = grow_trees(thorax, seed, shifted)
     return Patient(thorax, trees, sample_pathologies(thorax, seed), seed)
 
@@ -284,7 +331,7 @@ def phantom(
         scan: all other settings; its spacing and contrast give way to the arguments.
     """
     steps = (spacing,) * 3 if isinstance(spacing, (int, float)) else spacing
-    patient = make_patient(seed, spacing=min(1.5, *steps) if min(steps) >= 1.2 else 1.5, shifted=shifted, lobe_map=lobe_map)
+    patient = make_patient(seed, shifted=shifted, lobe_map=lobe_map)
     if isinstance(contrast, Phase):
         contrast = Contrast.of_phase(contrast, np.random.default_rng([seed, 31]))
     base = scan or Scan(thickness=steps[2])
@@ -315,10 +362,11 @@ def _margin(scan: Scan) -> tuple[int, int, int]:
     return x, y, 0
 
 
-def _anatomy(patient: Patient, frame: Frame, tissue: Tissue | None = None, contrast: Contrast = Contrast()) -> Canvas:
+def _anatomy(patient: Patient, frame: Frame, tissue: Tissue | None = None, contrast: Contrast = _PLAIN) -> Canvas:
     """Labels (and with a tissue, HU) of organs, lungs and diseases on a grid, before trees are drawn."""
     means = tissue.enhanced(contrast) if tissue else np.zeros(64, np.float32)
-    labels, hu = sample_labels(patient.codes, patient.uniform, patient.frame, frame, means, tissue is not None)
+    anatomy = patient.codes, patient.uniform, patient.lung_field, patient.frame
+    labels, hu = sample_labels(*anatomy, frame, means, tissue is not None)
     if tissue:
         add_texture(hu, labels, frame, tissue, patient.middle)
         add_fissures(hu, labels, frame, *patient.fissures, patient.frame, tissue.fissure)
@@ -333,13 +381,14 @@ def _covers(patient: Patient, frame: Frame, shown: dict[Tree, np.ndarray]) -> di
     return {tree: coverage(graph, frame, shown[tree], walls.get(tree)) for tree, graph in patient.graphs.items()}
 
 
-def _clear_hidden(layers: TreeLabels, canvas: Canvas, scan: Scan, tissue: Tissue) -> None:
+def _clear_hidden(layers: TreeLabels, canvas: Canvas, scan: Scan) -> None:
     """Take away what a disease destroyed, and hide what it makes indistinguishable."""
     if canvas.erased.any():
         for layer in (layers.trees, layers.visible, layers.skeleton):
             layer[canvas.erased] = 0
     if canvas.dense.any():
-        for tree, enhancement in ((Tree.ARTERY, scan.contrast.pulmonary_artery), (Tree.VEIN, scan.contrast.pulmonary_vein)):
+        dye = {Tree.ARTERY: scan.contrast.pulmonary_artery, Tree.VEIN: scan.contrast.pulmonary_vein}
+        for tree, enhancement in dye.items():
             if enhancement < 60:
                 hidden = canvas.dense & (layers.trees == tree)
                 layers.visible[hidden] = 0
@@ -358,8 +407,21 @@ def _acquire(rendered: Rendered) -> np.ndarray:
     if scan.motion > 0:
         hu = acquisition.blur_motion(hu, patient.coarse_in(patient.restless, slices), slices, scan.motion)
     acquisition.add_noise(hu, slices, scan, patient.coarse_in(patient.noise_level, slices), rng)
+    acquisition.add_shoulder_streaks(hu, slices, scan, patient.coarse_in(patient.lateral_excess, slices), rng)
+    dense = scan.streaks * max(0.0, scan.contrast.vena_cava - 150) * 0.3
+    acquisition.add_contrast_streaks(hu, slices, patient.dense_vein, dense, rng)
     hu = _at_output(hu, slices, frame, rendered.margin)
+    _cut_field(hu, rendered)
     return np.clip(np.round(hu), -1024, 3071).astype(np.int16)
+
+
+def _cut_field(hu: np.ndarray, rendered: Rendered) -> None:
+    """Padding outside the circular field of view, in place."""
+    if not np.isfinite(rendered.scan.field_margin):
+        return
+    x, y, radius = rendered.patient.field
+    dx, dy = rendered.frame.axis(0) - x, rendered.frame.axis(1) - y
+    hu[:, np.hypot(dx[None], dy[:, None]) > radius + rendered.scan.field_margin] = -1024
 
 
 def _acquired_slices(scan: Scan, frame: Frame, rng: np.random.Generator) -> Frame:
@@ -388,9 +450,8 @@ def _draw(rendered: Rendered, frame: Frame) -> np.ndarray:
         for cover in covers.values():
             cover.lumen[canvas.erased] = 0
             cover.outer[canvas.erased] = 0
-    values = np.array(
-        [-990.0, tissue.wall, tissue.blood + contrast.pulmonary_artery, tissue.blood + contrast.pulmonary_vein], np.float32
-    )
+    dye = tissue.blood + contrast.pulmonary_artery, tissue.blood + contrast.pulmonary_vein
+    values = np.array([-990.0, tissue.wall, *dye], np.float32)
     airway, artery, vein = (covers[tree] for tree in (Tree.AIRWAY, Tree.ARTERY, Tree.VEIN))
     assert canvas.hu is not None
     _compose(canvas.hu, airway.lumen, airway.outer, artery.lumen, vein.lumen, values)

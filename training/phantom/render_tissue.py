@@ -19,12 +19,12 @@ _TILE = 64
 #: HU mean, its spread between patients, texture amplitude (HU) and texture grain (mm) of each organ.
 _ORGANS: dict[Organ, tuple[float, float, float, float]] = {
     Organ.AIR: (-1000, 0, 0, 1),
-    Organ.FAT: (-104, 8, 10, 3),
-    Organ.MUSCLE: (52, 8, 14, 2.5),
+    Organ.FAT: (-104, 8, 6, 3),
+    Organ.MUSCLE: (52, 8, 9, 2.5),
     Organ.BONE_CORTEX: (620, 160, 120, 2),
     Organ.BONE_MARROW: (190, 70, 60, 1.5),
     Organ.CARTILAGE: (110, 40, 40, 2.5),
-    Organ.MEDIASTINAL_FAT: (-98, 10, 16, 3),
+    Organ.MEDIASTINAL_FAT: (-98, 10, 9, 3),
     Organ.MYOCARDIUM: (46, 5, 5, 3),
     Organ.ESOPHAGUS: (34, 8, 10, 3),
     Organ.LIVER: (56, 9, 5, 3),
@@ -76,6 +76,8 @@ class Tissue:
         texture: (64,) amplitude, HU.
         grain: (64,) texture grain, mm.
         lung: mean HU of aerated lung.
+        patchy: HU, unevenness of the aeration over centimeters.
+        vessels: HU at the middle of the vessels too small to be in the trees.
         gravity: HU per mm from anterior to posterior.
         fissure: thickness of a fissure, mm.
         wall: HU of the airway wall.
@@ -87,6 +89,8 @@ class Tissue:
     texture: np.ndarray
     grain: np.ndarray
     lung: float
+    patchy: float
+    vessels: float
     gravity: float
     fissure: float
     wall: float
@@ -105,8 +109,9 @@ class Tissue:
             means[organ], texture[organ], grain[organ] = blood, 2.0, 3.0
         lung = float(np.clip(rng.normal(-872, 28), -930, -780))
         means[LUNG_CODE:], texture[LUNG_CODE:], grain[LUNG_CODE:] = lung, rng.uniform(12, 28), rng.uniform(0.8, 1.3)
-        gravity, fissure, wall = rng.uniform(0.0, 0.5), rng.uniform(0.35, 0.8), rng.uniform(-10, 60)
-        return cls(means, texture, grain, lung, float(gravity), float(fissure), float(wall), blood, seed)
+        look = rng.uniform([6, 60, 0.0, 0.35, -10], [22, 220, 0.5, 0.8, 60])
+        patchy, vessels, gravity, fissure, wall = (float(value) for value in look)
+        return cls(means, texture, grain, lung, patchy, vessels, gravity, fissure, wall, blood, seed)
 
     def randomized(self, rng: np.random.Generator) -> Tissue:
         """Random intensities that keep only the order air < lung < soft tissue < bone, mostly."""
@@ -129,6 +134,8 @@ class Tissue:
             texture=texture,
             grain=grain,
             lung=lung,
+            patchy=float(rng.uniform(0, 50)),
+            vessels=float(rng.uniform(0, 300)),
             gravity=float(rng.uniform(-0.3, 1.2)),
             fissure=float(rng.uniform(0.2, 1.2)),
             wall=float(rng.uniform(-200, 200)),
@@ -180,11 +187,14 @@ def add_texture(hu: np.ndarray, labels: np.ndarray, frame: Frame, tissue: Tissue
     amplitude = (tissue.texture * shrink).astype(np.float32)
     place = np.asarray(frame.origin, np.float32), np.asarray(frame.step, np.float32)
     tile, inverse = texture_tile(tissue.seed), (1.0 / tissue.grain).astype(np.float32)
-    _texture(hu, labels, tile, amplitude, inverse, *place, np.float32(tissue.gravity), np.float32(middle))
+    look = np.array([tissue.gravity, middle, tissue.patchy, tissue.vessels * shrink[LUNG_CODE]], np.float32)
+    _texture(hu, labels, tile, amplitude, inverse, *place, look)
 
 
 @njit(cache=True, fastmath=True)
-def _texture(hu, labels, tile, amplitude, inverse, origin, step, gravity, middle):  # type: ignore[no-untyped-def]
+def _texture(hu, labels, tile, amplitude, inverse, origin, step, look):  # type: ignore[no-untyped-def]
+    gravity, middle, patchy, vessels = look[0], look[1], look[2], look[3]
+    wide, thin = np.float32(0.07), np.float32(0.22)
     for k in range(hu.shape[0]):
         z = origin[2] + k * step[2]
         for j in range(hu.shape[1]):
@@ -200,21 +210,28 @@ def _texture(hu, labels, tile, amplitude, inverse, origin, step, gravity, middle
                 if code < LUNG_CODE:
                     hu[k, j, i] += scale * value
                 else:
-                    # A lung's grain is small vessels: rare and bright; and its aeration is patchy over centimeters.
-                    patch = _lookup(tile, x * np.float32(0.07), y * np.float32(0.07), z * np.float32(0.07))
-                    grain = value + np.float32(0.35) * (value * value - 1)
-                    hu[k, j, i] += scale * (grain + np.float32(0.35) * patch) + gravity * (y - middle)
+                    # Aeration is patchy over centimeters; the smallest vessels are the lines where two fields vanish.
+                    patch = _lookup(tile, x * wide, y * wide, z * wide)
+                    a = _lookup(tile, y * thin + 17, z * thin, x * thin)
+                    b = _lookup(tile, z * thin, x * thin + 31, y * thin)
+                    line = vessels * max(np.float32(0), 1 - np.float32(8) * (a * a + b * b))
+                    hu[k, j, i] += scale * value + line + patchy * patch + gravity * (y - middle)
 
 
 def add_fissures(
-    hu: np.ndarray, labels: np.ndarray, frame: Frame, distance: np.ndarray, complete: np.ndarray, source: Frame, thickness: float
+    hu: np.ndarray,
+    labels: np.ndarray,
+    frame: Frame,
+    distance: np.ndarray,
+    complete: np.ndarray,
+    source: Frame,
+    thickness: float,
 ) -> None:
     """Draw the interlobar fissures as thin sheets of soft tissue, in place.
 
     Args:
         labels: joint codes [k, j, i] on ``frame``.
-        distance: uint8 [k, j, i] on ``source``: distance to the nearest fissure in 1/20 mm, signed by ``complete``'s
-            lobe bits.
+        distance: uint8 [k, j, i] on ``source``: distance to the nearest fissure in 1/20 mm.
         complete: uint8 [k, j, i] on ``source``: lobe code, plus 128 where the fissure is complete.
         thickness: mm.
     """

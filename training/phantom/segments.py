@@ -18,8 +18,10 @@ from training.phantom.branching import VoxelMap, unit
 
 __all__ = ["Cut", "CUTS", "connect", "nearest_branch_segments", "partition"]
 
+Position = tuple[float, float, float]
+
 #: Position of each segment in its lobe: lateral (0 medial - 1 lateral), posterior, superior, each 0-1.
-POSITION: dict[int, tuple[float, float, float]] = {
+POSITION: dict[int, Position] = {
     1: (0.45, 0.55, 0.95),
     2: (0.65, 0.95, 0.45),
     3: (0.55, 0.10, 0.30),
@@ -73,24 +75,37 @@ CUTS: dict[int, tuple[Cut, ...]] = {
 }
 
 
-def partition(lobes: VoxelMap, gates: dict[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """Segment map (uint8, shape of ``lobes``) that tiles the lobes, one component each."""
-    segments = np.zeros(lobes.array.shape, dtype=np.uint8)
+def partition(
+    lobes: VoxelMap, gates: dict[str, np.ndarray], position: dict[int, Position], rng: np.random.Generator
+) -> np.ndarray:
+    """Segment map (uint8, shape of ``lobes``) that tiles the lobes, one component each.
+
+    Args:
+        gates: apex of each cut, LPS mm.
+        position: places of segments that differ from ``POSITION``.
+    """
+    place = POSITION | position
+    segments = np.zeros(lobes.array.size, dtype=np.uint8)
+    inside = np.flatnonzero(lobes.array)
+    lobe_of = lobes.array.ravel()[inside]
     for lobe, cuts in CUTS.items():
-        index = np.argwhere(lobes.array == lobe)
-        if not len(index):
-            continue
-        points = lobes.world(index)
-        codes = _partition_lobe(points, lobe, cuts, gates, rng)
-        segments[tuple(index.T)] = codes
-    return connect(segments, lobes.array)
+        index = inside[lobe_of == lobe]
+        if len(index):
+            points = lobes.world(np.stack(np.unravel_index(index, lobes.array.shape), axis=1))
+            segments[index] = _partition_lobe(points, lobe, cuts, gates, place, rng)
+    return connect(segments.reshape(lobes.array.shape), lobes.array)
 
 
 def _partition_lobe(
-    points: np.ndarray, lobe: int, cuts: tuple[Cut, ...], gates: dict[str, np.ndarray], rng: np.random.Generator
+    points: np.ndarray,
+    lobe: int,
+    cuts: tuple[Cut, ...],
+    gates: dict[str, np.ndarray],
+    place: dict[int, Position],
+    rng: np.random.Generator,
 ) -> np.ndarray:
     low, high = np.percentile(points[:: max(1, len(points) // 4000)], [2, 98], axis=0)
-    seeds = {code: _seed(code, low, high, lobe, rng) for cut in cuts for group in cut.groups for code in group}
+    seeds = {code: _seed(place[code], low, high, lobe, rng) for cut in cuts for group in cut.groups for code in group}
     shares = {code: SHARE[code] * float(np.exp(rng.normal(0, 0.18))) for code in seeds}
     codes = np.zeros(len(points), dtype=np.uint8)
     pending = {0: np.arange(len(points))}
@@ -107,8 +122,8 @@ def _partition_lobe(
     return codes
 
 
-def _seed(code: int, low: np.ndarray, high: np.ndarray, lobe: int, rng: np.random.Generator) -> np.ndarray:
-    lateral, posterior, superior = np.array(POSITION[code]) + rng.normal(0, 0.06, 3)
+def _seed(place: Position, low: np.ndarray, high: np.ndarray, lobe: int, rng: np.random.Generator) -> np.ndarray:
+    lateral, posterior, superior = np.array(place) + rng.normal(0, 0.06, 3)
     across = 1 - lateral if lobe <= 3 else lateral  # the right lung's lateral side is at small x
     return low + (high - low) * np.array([across, posterior, superior])
 
@@ -125,33 +140,36 @@ def _cut(
     weight = np.array([sum(shares[code] for code in group) for group in cut.groups])
     centers = [np.average([seeds[c] for c in g], axis=0, weights=[shares[c] for c in g]) for g in cut.groups]
     directions = unit(np.array(centers) - gate)
-    waves = rng.normal(size=(len(cut.groups), 4, 3)) * (2 * np.pi / 90.0)
-    phases = rng.uniform(0, 2 * np.pi, (len(cut.groups), 4))
-    strength = rng.uniform(0.8, 1.8)
+    waves = rng.normal(size=(4, 3)) * (2 * np.pi / 90.0)
+    phases = rng.uniform(0, 2 * np.pi, 4)
+    shifts = rng.normal(size=(4, 3)) * rng.uniform(0.8, 1.8)
     offset = np.zeros(len(cut.groups))
-    sample = np.ascontiguousarray(points[:: max(1, len(points) // 3000)])
+    sample = np.ascontiguousarray(points[:: max(1, len(points) // 2000)])
     target = weight / weight.sum()
-    for _ in range(40):
-        share = np.bincount(_assign(sample, gate, directions, offset, waves, phases, strength), minlength=len(offset))
-        # the plane moves by the volume error over the area, roughly a length of the lobe
-        offset += 0.35 * (target - share / len(sample)) * len(sample) ** (1 / 3) * 6
+    apart = min(np.linalg.norm(a - b) for n, a in enumerate(directions) for b in directions[:n])
+    for step in range(30):
+        share = np.bincount(_assign(sample, gate, directions, offset, waves, phases, shifts), minlength=len(offset))
+        # a plane moves by the offset over the distance of the directions, and should move by the error times the width
+        offset += max(apart, 0.1) * 50.0 / (1 + 0.1 * step) * (target - share / len(sample))
         offset -= offset.mean()
-    return _assign(np.ascontiguousarray(points), gate, directions, offset, waves, phases, strength)
+    return _assign(np.ascontiguousarray(points), gate, directions, offset, waves, phases, shifts)
 
 
 @njit(cache=True)
-def _assign(points, gate, directions, offset, waves, phases, strength):  # type: ignore[no-untyped-def]
+def _assign(points, gate, directions, offset, waves, phases, shifts):  # type: ignore[no-untyped-def]
+    """Group whose plane value is highest, at points that smooth waves displace."""
     result = np.zeros(len(points), np.int64)
     for n in range(len(points)):
         x, y, z = points[n, 0], points[n, 1], points[n, 2]
+        dx, dy, dz = x - gate[0], y - gate[1], z - gate[2]
+        for w in range(len(waves)):
+            wave = np.cos(x * waves[w, 0] + y * waves[w, 1] + z * waves[w, 2] + phases[w])
+            dx += wave * shifts[w, 0]
+            dy += wave * shifts[w, 1]
+            dz += wave * shifts[w, 2]
         best = -1e30
         for g in range(len(directions)):
-            value = offset[g]
-            value += (x - gate[0]) * directions[g, 0] + (y - gate[1]) * directions[g, 1] + (z - gate[2]) * directions[g, 2]
-            for w in range(waves.shape[1]):
-                value += strength * np.cos(
-                    x * waves[g, w, 0] + y * waves[g, w, 1] + z * waves[g, w, 2] + phases[g, w]
-                )
+            value = offset[g] + dx * directions[g, 0] + dy * directions[g, 1] + dz * directions[g, 2]
             if value > best:
                 best = value
                 result[n] = g
@@ -278,41 +296,69 @@ def _isolated(segments: np.ndarray, lobes: np.ndarray) -> None:
 
 
 def nearest_branch_segments(
-    lobes: VoxelMap, points: np.ndarray, codes: np.ndarray, coarse: int = 3
+    planes: VoxelMap, lobes: np.ndarray, points: np.ndarray, codes: np.ndarray, tolerance: float, coarse: int = 3
 ) -> np.ndarray:
     """Segment of the nearest labelled branch within the lobe, one component each.
 
     Args:
+        planes: segment map from which the tree was grown; it decides where the nearest branch of its segment is not
+            more than ``tolerance`` mm farther away than the nearest of any, which keeps the interfaces smooth.
+        lobes: lobe codes.
         points: (N, 3) nodes of the tree with segment ``codes`` (0 is left out).
         coarse: stride at which all voxels are asked; between equal answers the answer is copied.
     """
-    segments = np.zeros(lobes.array.shape, dtype=np.uint8)
-    for lobe in np.unique(lobes.array):
+    segments = np.zeros(lobes.shape, dtype=np.uint8)
+    for lobe in range(1, 6):
         mine = (LOBE_OF_SEGMENT[codes] == lobe) & (codes > 0)
-        if lobe and mine.any():
-            _nearest_in_lobe(segments, lobes, int(lobe), cKDTree(points[mine]), codes[mine], coarse)
-    return connect(segments, lobes.array)
+        if mine.any():
+            _nearest_in_lobe(segments, planes, lobes == lobe, points[mine], codes[mine], tolerance, coarse)
+    return connect(segments, lobes)
 
 
 def _nearest_in_lobe(
-    segments: np.ndarray, lobes: VoxelMap, lobe: int, tree: cKDTree, codes: np.ndarray, coarse: int
+    segments: np.ndarray,
+    planes: VoxelMap,
+    inside: np.ndarray,
+    points: np.ndarray,
+    codes: np.ndarray,
+    tolerance: float,
+    coarse: int,
 ) -> None:
-    inside = lobes.array == lobe
-    box = tuple(slice(int(v.min()), int(v.max()) + 1) for v in np.nonzero(inside))
+    if not inside.any():
+        return
+    box = tuple(
+        slice(int(hit[0]), int(hit[-1]) + 1)
+        for hit in (np.flatnonzero(inside.any(axis=other)) for other in ((1, 2), (0, 2), (0, 1)))
+    )
     start = np.array([s.start for s in box])
     size = np.array([s.stop - s.start for s in box])
-    steps = [np.arange(-(-int(n - 1) // coarse) + 1) * coarse for n in size]
+    steps = [np.arange(-(-int(n - 1) // coarse) + 2) * coarse for n in size]
     lattice = np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1).reshape(-1, 3)
-    near = codes[tree.query(lobes.world(lattice + start))[1]].reshape([len(s) for s in steps])
-    same = _agree(near)
-    j = [np.minimum(np.arange(n) // coarse, len(s) - 2 if len(s) > 1 else 0) for n, s in zip(size, steps, strict=True)]
-    guess = same[np.ix_(*j)] if all(len(s) > 1 for s in steps) else np.zeros(size, np.uint8)
-    part = segments[box]
-    mask = inside[box]
+    tree = cKDTree(points)
+    near = codes[tree.query(planes.world(lattice + start))[1]].reshape([len(s) for s in steps])
+    guess = _agree(near)[np.ix_(*(np.arange(n) // coarse for n in size))]
+    part, mask = segments[box], inside[box]
     part[mask] = guess[mask]
-    open_ = np.argwhere(mask & (guess == 0))
+    open_ = np.argwhere(mask & ((guess == 0) | (guess != planes.array[box])))
     if len(open_):
-        part[tuple(open_.T)] = codes[tree.query(lobes.world(open_ + start))[1]]
+        place = planes.world(open_ + start)
+        part[tuple(open_.T)] = _tolerant(place, planes.array[box][tuple(open_.T)], tree, points, codes, tolerance)
+
+
+def _tolerant(
+    place: np.ndarray, preferred: np.ndarray, tree: cKDTree, points: np.ndarray, codes: np.ndarray, tolerance: float
+) -> np.ndarray:
+    """Code of the nearest point, or the preferred one if its nearest point is not much farther away."""
+    distance, near = tree.query(place)
+    result = codes[near].astype(np.uint8)
+    for code in np.unique(preferred):
+        other = np.flatnonzero((preferred == code) & (result != code))
+        own = codes == code
+        if len(other) and own.any():
+            limit = distance[other] + tolerance
+            close = cKDTree(points[own]).query(place[other], distance_upper_bound=float(limit.max()))[0] <= limit
+            result[other[close]] = code
+    return result
 
 
 def _agree(near: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from numba import njit
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
+from LCTfoundLib.anatomy.structures import LOBE_OF_SEGMENT
 from training.phantom.airway import Frame
 from training.phantom.branching import (
     Branches,
@@ -71,9 +72,11 @@ def _tree(nodes: Nodes) -> Tree:
 
 # --- artery ----------------------------------------------------------------------------------------------------------
 
-#: Airway branch from whose end on the artery follows -> side of the airway on which it lies there (x left, y back, z up).
+#: Airway branch from whose end on the artery follows -> side of the airway on which it lies there (x left, y back,
+#: z up).
 FOLLOWED: dict[str, tuple[float, float, float]] = {
     "right upper": (0.35, -0.8, 0.45),
+    "tracheal bronchus": (0.1, -0.9, -0.4),
     "middle": (-0.45, 0.0, 0.9),
     "right lower": (-0.95, -0.05, 0.25),
     "upper division": (-0.1, 0.5, 0.7),
@@ -82,9 +85,7 @@ FOLLOWED: dict[str, tuple[float, float, float]] = {
 }
 
 
-def artery_tree(
-    airway: Branches, nodes: Nodes, clearance: np.ndarray, frame: Frame, rng: np.random.Generator
-) -> Tree:
+def artery_tree(airway: Branches, nodes: Nodes, clearance: np.ndarray, frame: Frame, rng: np.random.Generator) -> Tree:
     """Central arteries, then the followed part of the bronchovascular tree.
 
     Args:
@@ -92,7 +93,7 @@ def artery_tree(
         nodes: its nodes.
         clearance: (N,) distance in mm between both centerlines at each node.
     """
-    roots = {airway.index(name): unit(np.array(side)) for name, side in FOLLOWED.items()}
+    roots = {airway.index(name): unit(np.array(side)) for name, side in FOLLOWED.items() if name in airway.name}
     normals = _sides(airway, roots)
     attach = {}
     for branch, side in roots.items():
@@ -125,6 +126,8 @@ def _central_artery(
     right = tree.add(right, at(end["right main"], 4, -16, -9), "right artery")
     truncus = tree.add(right, at(end["right main"], -4, -14, 1), "truncus anterior")
     tips = {"right upper": tree.add(truncus, attach["right upper"])}
+    if "tracheal bronchus" in attach:
+        tips["tracheal bronchus"] = tree.add(truncus, attach["tracheal bronchus"])
     half = 0.5 * (end["right main"] + end["intermedius"])
     inter = tree.add(right, at(half, -9, -11, 0), "interlobar")
     inter = tree.add(inter, at(end["intermedius"], -12, -3, 3), "interlobar")
@@ -216,55 +219,84 @@ def side_branches(
     eligible: np.ndarray,
     cloud: np.ndarray,
     territory: VoxelMap,
+    lobes: VoxelMap,
     rule: FillRule,
     rng: np.random.Generator,
     largest: int = 12,
 ) -> None:
-    """Grow small branches from eligible nodes to the (N, 3) points of ``cloud``, each from its nearest node.
+    """Grow small branches from eligible nodes to the (N, 3) points of ``cloud``, each from the nearest in its lobe.
 
     Args:
         territory: codes; a branch stays in the code of its point.
+        lobes: lobe codes.
         largest: most points that one node gets; the others are dropped.
     """
-    nodes = np.flatnonzero(eligible)
-    if not len(nodes) or not len(cloud):
-        return
-    distance, nearest = cKDTree(tree.points[nodes]).query(cloud)
-    codes = territory.at(cloud)
-    order = np.lexsort((distance, codes, nearest))
-    key = nearest[order] * 64 + codes[order]
-    cuts = np.flatnonzero(np.diff(key)) + 1
-    starts, ends, parents, owner, base = [], [], [], [], 0
-    for group in np.split(order, cuts):
-        node, code = nodes[nearest[group[0]]], int(codes[group[0]])
-        if code == 0:
+    anchors = _anchors(tree, eligible, 6.0)
+    home, goal = lobes.at(tree.points[anchors]), lobes.at(cloud)
+    # a branch leaves before the point that is nearest to its goal, so that it points forward
+    ahead = tree.points + 4.0 * tangents(tree.points, tree.parent)
+    twigs = _Twigs()
+    for lobe in range(1, 6):
+        nodes, points = anchors[home == lobe], cloud[goal == lobe]
+        if not len(nodes) or not len(points):
             continue
-        chosen = cloud[group[:largest]]
-        grown, up = fill_cloud(chosen, tree.points[node], np.zeros(3), territory, code, rule, int(rng.integers(2**31)))
-        if len(grown):
-            starts.append(np.where(up[:, None] < 0, tree.points[node], grown[up]))
-            ends.append(grown)
-            parents.append(np.where(up < 0, -1, up + base))
-            owner.append(np.full(len(grown), node))
-            base += len(grown)
-    if base:
-        _attach(tree, np.concatenate(starts), np.concatenate(ends), np.concatenate(parents), np.concatenate(owner), rng, territory)
+        distance, nearest = cKDTree(ahead[nodes]).query(points)
+        codes = territory.at(points)
+        order = np.lexsort((distance, codes, nearest))
+        cuts = np.flatnonzero(np.diff(nearest[order] * 64 + codes[order])) + 1
+        for group in np.split(order, cuts):
+            node, code = int(nodes[nearest[group[0]]]), int(codes[group[0]])
+            seed, chosen = int(rng.integers(2**31)), points[group[:largest]]
+            start = tree.points[node]
+            grown = fill_cloud(chosen, start, np.zeros(3), territory, lobes, code, rule, seed)
+            twigs.add(node, start, *grown)
+    twigs.attach(tree, territory, rng)
 
 
-def _attach(
-    tree: Tree,
-    start: np.ndarray,
-    end: np.ndarray,
-    parent: np.ndarray,
-    owner: np.ndarray,
-    rng: np.random.Generator,
-    territory: VoxelMap,
-) -> None:
-    nodes = expand(parent, start, end, 4.0, rng)
-    base = len(tree)
-    up = np.where(nodes.parent >= 0, nodes.parent + base, owner[nodes.branch])
-    code = territory.at(end)[nodes.branch]
-    tree.append(nodes.points, up, code.astype(int))
+class _Twigs:
+    """Small trees gathered before they are attached to a tree at once."""
+
+    def __init__(self) -> None:
+        self.start: list[np.ndarray] = []
+        self.end: list[np.ndarray] = []
+        self.parent: list[np.ndarray] = []
+        self.owner: list[np.ndarray] = []
+        self.count = 0
+
+    def add(self, node: int, point: np.ndarray, ends: np.ndarray, parents: np.ndarray) -> None:
+        """What ``fill_cloud`` grew from a node at ``point``."""
+        self.start.append(np.where(parents[:, None] < 0, point, ends[parents]) if len(ends) else ends)
+        self.end.append(ends)
+        self.parent.append(np.where(parents < 0, -1, parents + self.count))
+        self.owner.append(np.full(len(ends), node))
+        self.count += len(ends)
+
+    def attach(self, tree: Tree, territory: VoxelMap, rng: np.random.Generator) -> None:
+        if not self.count:
+            return
+        end, owner = np.concatenate(self.end), np.concatenate(self.owner)
+        nodes = expand(np.concatenate(self.parent), np.concatenate(self.start), end, 4.0, rng)
+        up = np.where(nodes.parent >= 0, nodes.parent + len(tree), owner[nodes.branch])
+        tree.append(nodes.points, up, territory.at(end)[nodes.branch].astype(np.int64))
+
+
+def _anchors(tree: Tree, eligible: np.ndarray, spacing: float) -> np.ndarray:
+    """Eligible nodes about ``spacing`` mm apart along the tree, and its eligible tips."""
+    step = np.linalg.norm(tree.points - tree.points[np.maximum(tree.parent, 0)], axis=1)
+    way = np.zeros(len(tree))
+    _walk(tree.parent, step, spacing, way)
+    children = np.bincount(tree.parent[tree.parent >= 0], minlength=len(tree))
+    return np.flatnonzero(eligible & ((way == 0) | (children == 0)))
+
+
+@njit(cache=True)
+def _walk(parent, step, spacing, way):  # type: ignore[no-untyped-def]
+    """Distance since the last anchor; 0 at an anchor."""
+    for n in range(len(parent)):
+        if parent[n] >= 0:
+            way[n] = way[parent[n]] + step[n]
+            if way[n] >= spacing:
+                way[n] = 0.0
 
 
 # --- vein ------------------------------------------------------------------------------------------------------------
@@ -289,32 +321,32 @@ class Lattice:
     gap: np.ndarray
 
 
-def lattice(lobes: VoxelMap, points: np.ndarray, labels: np.ndarray, radius: np.ndarray, spacing: float) -> Lattice:
+def lattice(segments: VoxelMap, points: np.ndarray, labels: np.ndarray, radius: np.ndarray, spacing: float) -> Lattice:
     """The lattice of cost for veins.
 
     Args:
-        lobes: lobe codes on the fine grid.
+        segments: segment codes on the fine grid.
         points: (N, 3) bronchovascular nodes.
-        labels: (N, 3) segment, subsegment and sub-subsegment that each node belongs to.
+        labels: (N, 2) subsegment and sub-subsegment that each node belongs to.
         radius: (N,) radius of the bundle at each node in mm.
         spacing: mm of the lattice.
     """
-    steps = [np.arange(0, size - 0.5, spacing / lobes.spacing).round().astype(int) for size in lobes.array.shape]
-    step = steps[0][1] - steps[0][0] if len(steps[0]) > 1 else 1
-    steps = [np.arange(0, size, step) for size in lobes.array.shape]
-    coarse = VoxelMap(np.ascontiguousarray(lobes.array[np.ix_(*steps)]), lobes.spacing * step, lobes.origin)
+    step = max(1, round(spacing / segments.spacing))
+    codes = segments.array[::step, ::step, ::step]
+    coarse = VoxelMap(LOBE_OF_SEGMENT[codes], segments.spacing * step, segments.origin)
     inside = coarse.array > 0
     depth = ndimage.distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1, 1:-1] * coarse.spacing
     gap, near = cKDTree(points).query(coarse.world(np.argwhere(inside)))
     label = np.full((3, *inside.shape), -1)
-    for level in range(3):
-        label[level][inside] = labels[near, level]
+    label[0][inside] = codes[inside]
+    for level in range(2):
+        label[level + 1][inside] = labels[near, level]
     strength = _strength(label)
     distance = np.zeros(inside.shape)
     distance[inside] = gap - radius[near]
     cost = np.array([1.6, 0.9, 0.6, 0.4])[strength]
     cost *= 1 + 2.5 * np.exp(-np.maximum(distance, 0) / 2.0)
-    cost *= 1 + 3.0 * np.exp(-depth / 3.0)
+    cost *= 1 + 3.0 * np.exp(-depth / 4.0)
     wide = np.zeros(inside.shape)
     wide[inside] = gap
     return Lattice(coarse, cost, strength, depth, wide)
@@ -337,7 +369,11 @@ def _strength(label: np.ndarray) -> np.ndarray:
 
 
 def vein_tree(
-    airway: Branches, grid: Lattice, frame: Frame, rng: np.random.Generator, trunk_volume: tuple[float, float] = (70e3, 14e3)
+    airway: Branches,
+    grid: Lattice,
+    frame: Frame,
+    rng: np.random.Generator,
+    trunk_volume: tuple[float, float] = (60e3, 7e3),
 ) -> Tree:
     """Central veins, and trunks along the interfaces.
 
@@ -377,7 +413,9 @@ def _central_vein(
         tips = [branches.add(common, door) for door in doors]
         nodes = to_nodes(branches, 4.0, rng, bow=0.0)
         base = len(tree)
-        tree.append(nodes.points, np.where(nodes.parent < 0, -1, nodes.parent + base), np.zeros(len(nodes.points), int), True)
+        tree.append(
+            nodes.points, np.where(nodes.parent < 0, -1, nodes.parent + base), np.zeros(len(nodes.points), int), True
+        )
         entries.append((lobes, [base + int(nodes.last[tip]) for tip in tips]))
     return tree, entries
 
