@@ -16,13 +16,32 @@ import numpy as np
 from scipy import ndimage
 
 import LCTfoundLib
-from LCTfoundLib.anatomy.airway_labels import label_airway
+from LCTfoundLib.anatomy.airway_labels import LabeledTree, airway_findings, label_airway, label_artery
 from LCTfoundLib.anatomy.graph import TreeGraph
 from LCTfoundLib.anatomy.lungs import find_lungs, refine_lungs
-from LCTfoundLib.anatomy.masks import bounding_box, coarse_grid, crop, resample
-from LCTfoundLib.anatomy.quality import Finding
+from LCTfoundLib.anatomy.masks import Probabilities, bounding_box, crop, resample
+from LCTfoundLib.anatomy.quality import (
+    Finding,
+    check_agreement,
+    check_image,
+    check_laterality,
+    check_lobe_volumes,
+    check_segments,
+    check_trees,
+    check_truncation,
+    region_confidence,
+    tree_confidence,
+)
 from LCTfoundLib.anatomy.repair import AirwayTree, repair_airway
-from LCTfoundLib.anatomy.structures import LOBE_OF_SEGMENT, Context, Lobe, Tree
+from LCTfoundLib.anatomy.structures import LOBE_OF_SEGMENT, STRUCTURES, Tree, segment_by_code
+from LCTfoundLib.anatomy.territories import (
+    Territories,
+    connect_labels,
+    lobe_probabilities,
+    smooth_lobes,
+    territories,
+)
+from LCTfoundLib.anatomy.vessels import Vessels, separate_vessels
 from LCTfoundLib.errors import UnsuitableImage
 from LCTfoundLib.networks.inputs import LungBox
 from LCTfoundLib.networks.lung import (
@@ -40,3 +59,340 @@ from LCTfoundLib.runtime.progress import Progress
 from LCTfoundLib.volume import Volume
 
 __all__ = ["LungRequest", "LungResult", "Quality", "segment_lungs"]
+
+#: The coarse net's grid, mm; the fine net's per quality is in ``_PLANS``.
+_COARSE_MM = 3.0
+#: Room around the lungs that the coarse net sees, as in its training.
+_COARSE_MARGIN_MM = 20.0
+#: Room around the lungs on the fine grid: hila and central vessels.
+_FINE_MARGIN_MM = 12.0
+
+
+class Quality(StrEnum):
+    """How fine, and so how slow."""
+
+    FAST = "fast"
+    STANDARD = "standard"
+    FULL = "full"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Settings of a quality: fine grid in mm, and share of a tile that overlaps with the next."""
+
+    spacing: float
+    overlap: float
+
+
+_PLANS = {Quality.FAST: _Plan(1.5, 0.15), Quality.STANDARD: _Plan(1.2, 0.2), Quality.FULL: _Plan(0.9, 0.4)}
+
+
+@dataclass(frozen=True)
+class LungRequest:
+    """What is asked for.
+
+    Attributes:
+        quality: see ``Quality``.
+        device: ``auto``, ``cuda``, ``mps`` or ``cpu``.
+        weights_folder: other place of the weights.
+    """
+
+    quality: Quality = Quality.STANDARD
+    device: str = "auto"
+    weights_folder: Path | None = None
+
+
+@dataclass
+class LungResult:
+    """What was found, on the input's own grid.
+
+    Attributes:
+        segments: uint8 codes 0-18; the 18 segments tile the lungs.
+        trees: uint8 ``Tree`` codes; they lie over the segments.
+        confidence: 0-1 by structure key.
+        findings: most severe first.
+        graphs: centerlines by tree, LPS mm of the input's world.
+        provenance: weights, versions, settings, seconds per step.
+    """
+
+    segments: Volume
+    trees: Volume
+    confidence: dict[str, float]
+    findings: list[Finding]
+    graphs: dict[Tree, TreeGraph] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def segment_lungs(ct: Volume, request: LungRequest | None = None, progress: Progress | None = None) -> LungResult:
+    """Segment the 21 structures of a chest CT.
+
+    Args:
+        ct: HU, any orientation; checked by ``volume_io.check_ct``.
+        request: quality, device, weights.
+        progress: told about stages; stops the run when cancelled.
+
+    Raises:
+        UnsuitableImage: no lungs in view.
+        WeightError: weights missing or damaged.
+        OutOfMemory, Cancelled.
+    """
+    request = request or LungRequest()
+    clock = _Clock()
+    steps = Progress.of(progress).split(
+        {"Loading": 2, "Coarse network": 8, "Fine network": 45, "Airway and vessels": 25, "Segments": 15, "Original grid": 5}
+    )
+    loading, coarse_step, fine_step, tree_step, segment_step, last_step = steps
+    loading.update(0.0)
+    choice = choose_device(request.device)
+    nets = load_net(COARSE, request.weights_folder), load_net(FINE, request.weights_folder)
+    upright = ct.resample_canonical()
+    clock.lap("loading")
+    coarse, box = _coarse(nets[0], upright, choice, coarse_step)
+    clock.lap("coarse network")
+    plan = _PLANS[request.quality]
+    work = _working_volume(upright, box, plan.spacing)
+    fine = _fine(nets[1], work, coarse, box, choice, plan, fine_step)
+    clock.lap("fine network")
+    trees = _find_trees(fine, coarse, tree_step)
+    clock.lap("trees")
+    parts = _find_segments(work, fine, coarse, trees, segment_step)
+    clock.lap("segments")
+    last_step.update(0.0)
+    result = _on_input_grid(ct, upright, work, coarse, trees, parts)
+    clock.lap("original grid")
+    result.provenance = _provenance(request, choice, nets, plan, clock)
+    last_step.done()
+    return result
+
+
+# -- networks --------------------------------------------------------------------------------------------------------
+
+
+def _coarse(
+    net: LoadedNet, ct: Volume, choice: DeviceChoice, progress: Progress
+) -> tuple[CoarseProbabilities, LungBox]:
+    """The coarse net twice: the lungs it finds correct the box that a threshold gave (effusion, bowel gas)."""
+    progress.update(0.0)
+    small, found = find_lungs(ct)
+    box = LungBox.of_mask(found.lungs, small.spacing, small.origin)
+    for round_ in range(2):
+        progress.update(0.3 + 0.35 * round_)
+        image = _around(ct, box, _COARSE_MARGIN_MM, _COARSE_MM)
+        coarse = predict_coarse(net, image, box, choice)
+        lungs = _largest_lungs(coarse.lungs > 0.5)
+        if not lungs.any():
+            raise UnsuitableImage("The networks found no lungs; check that the image is a CT of the chest in HU.")
+        box = LungBox.of_mask(lungs, image.spacing, image.origin)
+    progress.done()
+    return coarse, box
+
+
+def _largest_lungs(lungs: np.ndarray) -> np.ndarray:
+    """Without islands smaller than a tenth of the largest part: they would stretch the box."""
+    labels, count = ndimage.label(lungs)
+    if count < 2:
+        return lungs
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return (sizes >= 0.1 * sizes.max())[labels]
+
+
+def _around(ct: Volume, box: LungBox, margin: float, spacing: float) -> Volume:
+    """The CT around the lungs on an isotropic grid, int16 HU, -1024 beyond the image."""
+    inner = np.array(ct.origin), np.array(ct.origin) + np.array(ct.spacing) * (np.array(ct.shape[::-1]) - 1)
+    low = np.maximum(np.array(box.low) - margin, inner[0])
+    high = np.minimum(np.array(box.high) + margin, inner[1])
+    size = np.maximum(np.round((high - low) / spacing).astype(int) + 1, 1)
+    grid = Volume(np.broadcast_to(np.int16(0), size[::-1]), (spacing,) * 3, (low[0], low[1], low[2]))
+    return ct.resample(grid, pad=-1024)
+
+
+def _working_volume(ct: Volume, box: LungBox, spacing: float) -> Volume:
+    return _around(ct, box, _FINE_MARGIN_MM, spacing)
+
+
+def _fine(
+    net: LoadedNet,
+    work: Volume,
+    coarse: CoarseProbabilities,
+    box: LungBox,
+    choice: DeviceChoice,
+    plan: _Plan,
+    progress: Progress,
+) -> FineProbabilities:
+    """The fine net where lungs, hila or central trees may be."""
+    asked = (coarse.lungs > 0.2) | (coarse.trees[1:].sum(axis=0) > 0.2)
+    near = ndimage.distance_transform_edt(~asked, sampling=coarse.grid.spacing[::-1]) <= 9.0
+    mask = resample(coarse.grid.with_array(near), work, order=0)
+    return predict_fine(net, work, box, mask, choice, plan.overlap, progress=progress)
+
+
+# -- trees -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Trees:
+    """Repaired trees on the working grid."""
+
+    airway: AirwayTree
+    vessels: Vessels
+
+    @property
+    def labels(self) -> np.ndarray:
+        """uint8 ``Tree`` codes; the airway wins where masks meet, because its lumen is the clearest."""
+        labels = np.zeros(self.airway.mask.shape, dtype=np.uint8)
+        labels[self.vessels.vein.mask.array] = Tree.VEIN
+        labels[self.vessels.artery.mask.array] = Tree.ARTERY
+        labels[self.airway.mask.array] = Tree.AIRWAY
+        return labels
+
+    @property
+    def graphs(self) -> dict[Tree, TreeGraph]:
+        return {
+            Tree.AIRWAY: self.airway.graph,
+            Tree.ARTERY: self.vessels.artery.graph,
+            Tree.VEIN: self.vessels.vein.graph,
+        }
+
+
+def _find_trees(fine: FineProbabilities, coarse: CoarseProbabilities, progress: Progress) -> _Trees:
+    progress.update(0.0)
+    airway = repair_airway(fine.grid.with_array(fine.trees[0].astype(np.float32)))
+    progress.update(0.35)
+    artery, vein = (fine.trees[index].astype(np.float32) for index in (1, 2))
+    vessels = separate_vessels(fine.grid.with_array(artery), vein, airway.graph)
+    progress.done()
+    return _Trees(airway, vessels)
+
+
+# -- segments --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Segments:
+    """Segments on the working grid, and what led to them."""
+
+    segments: np.ndarray
+    lobes: np.ndarray
+    airway: LabeledTree
+    artery: LabeledTree
+    prior: Probabilities
+    territories: Territories
+
+
+def _find_segments(
+    work: Volume, fine: FineProbabilities, coarse: CoarseProbabilities, trees: _Trees, progress: Progress
+) -> _Segments:
+    progress.update(0.0)
+    lungs = refine_lungs(work, coarse.grid.with_array(coarse.lungs), trees.airway.mask)
+    progress.update(0.25)
+    prior = Probabilities(coarse.grid, coarse.regions)
+    lobes = smooth_lobes(_fused_lobes(fine, lobe_probabilities(prior)), work.with_array(lungs), smooth_mm=0.8)
+    progress.update(0.5)
+    lobe_map = work.with_array(lobes)
+    airway = label_airway(trees.airway.graph, lobe_map, prior)
+    artery = label_artery(trees.vessels.artery.graph, airway.graph, lobe_map, prior)
+    progress.update(0.7)
+    divided = territories(lobe_map, [airway.graph, artery.graph], prior)
+    progress.done()
+    return _Segments(divided.segments, lobes, airway, artery, prior, divided)
+
+
+def _fused_lobes(fine: FineProbabilities, coarse: Probabilities) -> Probabilities:
+    """Lobes as both nets see them: the product of their probabilities, the coarse ones tempered.
+
+    The fine net sees the fissures, the coarse net the whole lung; where the fine net was not asked the coarse decides.
+    """
+    values = np.empty(fine.lobes.shape, dtype=np.float32)
+    for code in range(values.shape[0]):
+        prior = np.sqrt(np.maximum(resample(coarse.channel(code), fine.grid), 1e-4))
+        own = fine.lobes[code].astype(np.float32)
+        values[code] = prior * (own + 1e-3)
+    values /= values.sum(axis=0)
+    return Probabilities(fine.grid, values)
+
+
+# -- result ----------------------------------------------------------------------------------------------------------
+
+
+def _on_input_grid(
+    ct: Volume, upright: Volume, work: Volume, coarse: CoarseProbabilities, trees: _Trees, parts: _Segments
+) -> LungResult:
+    segments = work.with_array(parts.segments).restore_to(ct)
+    segments.array = connect_labels(segments.array, segments.array > 0)
+    labels = work.with_array(trees.labels).restore_to(ct)
+    graphs = trees.graphs | {Tree.AIRWAY: parts.airway.graph, Tree.ARTERY: parts.artery.graph}
+    findings, agreement = _findings(upright, work, coarse, trees, parts)
+    confidence = {
+        segment_by_code(code).key: value
+        for code, value in region_confidence(work.with_array(parts.segments), parts.prior, agreement).items()
+    }
+    for structure in STRUCTURES[18:]:
+        assert structure.tree is not None
+        confidence[structure.key] = tree_confidence(trees.graphs[structure.tree])
+    return LungResult(segments, labels, confidence, findings, graphs)
+
+
+def _findings(
+    upright: Volume, work: Volume, coarse: CoarseProbabilities, trees: _Trees, parts: _Segments
+) -> tuple[list[Finding], dict[int, float]]:
+    """Everything a reader has to know, most severe first, and the agreement of nets and trees per segment."""
+    lungs = work.with_array(parts.lobes > 0)
+    context = coarse.grid.with_array(coarse.regions.argmax(axis=0).astype(np.uint8))
+    disagree, agreement = check_agreement(parts.segments, _coarse_segments(parts, work))
+    findings = [
+        *check_image(upright, lungs.restore_to(upright).array),
+        *check_truncation(lungs.restore_to(upright).array, upright.spacing),
+        *check_laterality(work.with_array(parts.lobes), context),
+        *check_lobe_volumes(parts.lobes),
+        *check_trees(trees.labels, work.spacing, parts.lobes),
+        *check_segments(parts.segments, work.spacing),
+        *disagree,
+        *airway_findings(parts.airway, work.with_array(parts.lobes), parts.prior),
+    ]
+    return sorted(findings, key=lambda finding: -finding.severity), agreement
+
+
+def _coarse_segments(parts: _Segments, work: Volume) -> np.ndarray:
+    """The coarse net's own segments within the final lobes, on the working grid."""
+    best = np.full(work.shape, -1.0, dtype=np.float32)
+    codes = np.zeros(work.shape, dtype=np.uint8)
+    for code in range(1, len(LOBE_OF_SEGMENT)):
+        box = bounding_box(parts.lobes == LOBE_OF_SEGMENT[code])
+        if box is None:
+            continue
+        values = resample(parts.prior.channel(code), crop(work, box))
+        better = (values > best[box]) & (parts.lobes[box] == LOBE_OF_SEGMENT[code])
+        best[box][better] = values[better]
+        codes[box][better] = code
+    return codes
+
+
+def _provenance(
+    request: LungRequest, choice: DeviceChoice, nets: tuple[LoadedNet, LoadedNet], plan: _Plan, clock: _Clock
+) -> dict[str, Any]:
+    return {
+        "product": f"LCTfound {LCTfoundLib.__version__}",
+        "task": "whole-lung segmentation, 21 structures",
+        "quality": request.quality.value,
+        "fine grid (mm)": plan.spacing,
+        "device": f"{choice.device} ({choice.name}), {choice.precision.value}",
+        "weights": {
+            net.card.name: {"version": net.card.version, "sha256": net.card.sha256, "license": net.card.license}
+            for net in nets
+        },
+        "seconds": clock.seconds,
+    }
+
+
+class _Clock:
+    """Seconds per step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, step: str) -> None:
+        now = time.monotonic()
+        self.seconds[step] = round(now - self._last, 2)
+        self._last = now

@@ -453,7 +453,9 @@ def test_a_fissure_is_a_thin_bright_sheet_only_where_complete(anatomy: tuple[Any
     half = SimpleNamespace(**vars(thorax))
     half.fissure_complete = np.ones(SHAPE, np.uint8)
     half.fissure_complete[:, :, : SHAPE[2] // 2] = 0
-    rendered = render(Patient(cast(Any, half), trees, (), 3), CLEAN, 0)
+    patient = Patient(cast(Any, half), trees, (), 3)
+    patient.tissue = replace(patient.tissue, fissure=0.5)
+    rendered = render(patient, CLEAN, 0)
     distance = thorax.fissure_distance.astype(float)
     clear = _eroded(rendered.segments.array > 0) & ~_near(rendered.trees.array > 0)
     left, right = clear.copy(), clear.copy()
@@ -467,6 +469,7 @@ def test_a_fissure_is_a_thin_bright_sheet_only_where_complete(anatomy: tuple[Any
 
 def test_a_fissure_stays_thin_on_a_finer_grid(anatomy: tuple[Any, Any]) -> None:
     patient = patient_of(anatomy)
+    patient.tissue = replace(patient.tissue, fissure=0.5)
     box = np.array([40.0, -16.0, -16.0]), np.array([70.0, 16.0, 16.0])
     hu = render(patient, replace(CLEAN, spacing=(0.8,) * 3, thickness=0.8), 0, box).ct.array
     column = hu[:, 36, 4:12].mean(axis=1)
@@ -582,7 +585,7 @@ def test_a_consolidated_segment_is_solid_but_its_airways_stay_dark(anatomy: tupl
 
 
 def test_an_effusion_is_fluid_behind_and_below_and_not_lung(anatomy: tuple[Any, Any]) -> None:
-    disease = pathology.Effusion(True, 0.0, 25.0, 56.0, -70.0, (112.0, 140.0), surface(anatomy))
+    disease = pathology.Effusion(True, 25.0, 56.0, -70.0, (112.0, 140.0), surface(anatomy))
     healthy, diseased, _ = change(anatomy, disease)
     fluid = diseased.organs.array == Organ.EFFUSION
     np.testing.assert_array_equal(fluid, diseased.masks["effusion"].array > 0)

@@ -85,7 +85,7 @@ class Habit:
         return Habit(
             trachea=scale * rng.normal(8.6, 0.7),
             airway_exponent=rng.uniform(2.35, 2.6),
-            ratio=rng.uniform(0.98, 1.2),
+            ratio=rng.uniform(1.0, 1.3),
             shortest=rng.uniform(0.6, 0.85),
             unit_volume=volume**0.8 * 4.5e6**0.2 / (1300.0 * detail),
             trunk=scale * rng.normal(13.0, 1.0),
@@ -191,6 +191,7 @@ class Bundle:
         radius: (N,) airway lumen radius per node in mm, also where the airway is no longer visible.
         branch_radius: (B,) same per branch.
         wall: (N,) wall thickness in mm.
+        segmental: mean lumen radius of the segmental bronchi in mm.
     """
 
     branches: Branches
@@ -198,6 +199,7 @@ class Bundle:
     radius: np.ndarray
     branch_radius: np.ndarray
     wall: np.ndarray
+    segmental: float
 
 
 def _bundle(branches: Branches, habit: Habit, frame: Frame, rng: np.random.Generator) -> Bundle:
@@ -210,18 +212,20 @@ def _bundle(branches: Branches, habit: Habit, frame: Frame, rng: np.random.Gener
     nodes.points = smooth_nodes(nodes.points, nodes.parent, 2, np.zeros(len(nodes.points), bool))
     radius = own[nodes.branch] * (1.05 - 0.1 * nodes.along)
     wall = np.minimum(0.2 + 0.22 * radius, 0.35 + 0.16 * radius)
-    return Bundle(branches, nodes, radius, own, np.minimum(wall, 1.8))
+    segmental = float(np.mean([own[b] for b, name in enumerate(branches.name) if name.startswith("B")] or [3.0]))
+    return Bundle(branches, nodes, radius, own, np.minimum(wall, 1.8), segmental)
 
 
 def _artery(bundle: Bundle, segments: VoxelMap, frame: Frame, habit: Habit, rng: np.random.Generator) -> TreeGraph:
     nodes = bundle.nodes
     clearance = bundle.radius * (1 + habit.ratio) + bundle.wall + rng.uniform(0.3, 0.7)
     tree = artery_tree(bundle.branches, nodes, clearance, frame, rng)
-    radius = _vessel_radius(tree, habit)
+    segmental = habit.ratio * bundle.segmental
+    radius = _vessel_radius(tree, habit, segmental)
     cloud = _any_points(segments, 3.5 * habit.unit_volume, rng)
     eligible = ~tree.central & (radius > 0.7) & (radius < 3.0)
     side_branches(tree, eligible, cloud, segments, frame.lobes, FillRule(reach=0.9), rng, 3)
-    radius = _vessel_radius(tree, habit)
+    radius = _vessel_radius(tree, habit, segmental)
     visible = bundle.radius > 0.5
     push_apart(tree, radius, nodes.points[visible], (bundle.radius + bundle.wall)[visible], frame.lobes, gap=0.2)
     return TreeGraph(tree.points, radius, tree.parent, tree.segment, generations(tree.parent))
@@ -231,13 +235,22 @@ def _any_points(segments: VoxelMap, unit_volume: float, rng: np.random.Generator
     return np.concatenate(list(_clouds(segments, unit_volume, rng, pleura=1.8).values()))
 
 
-def _vessel_radius(tree: Tree, habit: Habit) -> np.ndarray:
-    """Murray radii: the trunk has its size, the last branches theirs, the exponent follows."""
+def _vessel_radius(tree: Tree, habit: Habit, segmental: float) -> np.ndarray:
+    """Murray radii of a vessel tree.
+
+    The last vessels and those of a mean segment have given radii, which fixes the exponent (about 2.4, as Nakamura and
+    Awa 2014 find for elastic arteries); above a segment the radius grows up to that of the trunk.
+
+    Args:
+        segmental: mm, radius of a vessel that supplies an 18th of the lungs.
+    """
     children = np.bincount(tree.parent[tree.parent >= 0], minlength=len(tree))
     flow = accumulate(tree.parent, (children == 0).astype(np.float64))
     total = flow[tree.parent < 0].sum()
-    exponent = np.log(total) / np.log(habit.trunk / habit.terminal)
-    return habit.terminal * flow ** (1 / exponent)
+    part = max(total / 18, 2.0)
+    lower = habit.terminal * flow ** (np.log(segmental / habit.terminal) / np.log(part))
+    upper = segmental * (flow / part) ** (np.log(habit.trunk / segmental) / np.log(total / part))
+    return np.where(flow < part, lower, upper)
 
 
 def _vein(
@@ -257,7 +270,7 @@ def _vein(
     cloud = _any_points(segments, 1.1 * habit.unit_volume, rng)
     cloud = cloud[cKDTree(bundle.nodes.points).query(cloud)[0] > 2.5]
     side_branches(tree, ~tree.central, cloud, frame.lobes, frame.lobes, FillRule(fraction=0.45, reach=0.9), rng, 16)
-    radius = _vessel_radius(tree, habit)
+    radius = _vessel_radius(tree, habit, habit.ratio * bundle.segmental)
     visible = bundle.radius > 0.5
     others = np.concatenate([bundle.nodes.points[visible], artery.points])
     sizes = np.concatenate([(bundle.radius + bundle.wall)[visible], artery.radius])

@@ -12,6 +12,7 @@ import numpy as np
 from scipy import ndimage
 
 from training.phantom.grid import Grid, SmoothNoise, upsample
+from training.phantom.organs import HEART_ROOM
 from training.phantom.shape import DOME_POWER, ChestShape, Dome, dense_table, lung_fields
 from training.phantom.shape_statistics import PROFILE_MEAN, PROFILE_Z
 
@@ -46,30 +47,35 @@ class LobeMap:
         best, inside = np.zeros(grid.shape, np.float32), np.zeros(grid.shape, np.float32)
         codes = np.zeros(grid.shape, np.uint8)
         for lobe in range(1, 6):
-            share = self._resample(self.codes == lobe, grid)
-            share = ndimage.gaussian_filter(share, smooth / grid.spacing, truncate=2.5)
-            inside += share
-            better = share > best
-            best[better] = share[better]
-            codes[better] = lobe
+            box, share = self._share(lobe, grid, 3 * smooth)
+            share = ndimage.gaussian_filter(share, smooth / grid.spacing, mode="constant", truncate=2.5)
+            inside[box] += share
+            better = share > best[box]
+            best[box][better] = share[better]
+            codes[box][better] = lobe
         # the lungs end where all lobes together fall under one half
         codes[inside < 0.5] = 0
         return codes
 
-    def _resample(self, mask: np.ndarray, grid: Grid) -> np.ndarray:
-        """Linear interpolation of a mask, zero outside of it; float32 on the grid."""
-        values = mask.astype(np.float32)
-        for axis, coordinates in zip((0, 1, 2), grid.axes()[::-1], strict=True):
-            t = (coordinates - self.corner[2 - axis]) / self.spacing[2 - axis]
+    def _share(self, lobe: int, grid: Grid, margin: float) -> tuple[tuple[slice, slice, slice], np.ndarray]:
+        """A lobe's mask, linearly interpolated, in the box of the grid that holds it with a margin (mm)."""
+        mask = self.codes == lobe
+        bounds = [np.flatnonzero(mask.any(axis=a)) for a in ((1, 2), (0, 2), (0, 1))]
+        if not bounds[0].size:
+            return (slice(0, 0), slice(0, 0), slice(0, 0)), np.zeros((0, 0, 0), np.float32)
+        values = mask[tuple(slice(b[0], b[-1] + 1) for b in bounds)]
+        values = np.pad(values, 1).astype(np.float32)
+        low = self.corner + self.spacing * np.array([b[0] - 1 for b in bounds[::-1]])
+        high = low + self.spacing * (np.array(values.shape[::-1]) - 1)
+        box = grid.box(low - margin, high + margin)
+        for axis, coordinates in zip((2, 1, 0), grid.part(box).axes(), strict=True):
+            t = (coordinates - low[2 - axis]) / self.spacing[2 - axis]
             n = values.shape[axis]
-            low = np.clip(np.floor(t).astype(int), 0, max(n - 2, 0))
-            w = np.clip(t - low, 0, 1).astype(np.float32)
-            w[(t < -0.5) | (t > n - 0.5)] = np.nan
-            shape = [1, 1, 1]
-            shape[axis] = len(t)
-            w = w.reshape(shape)
-            values = np.take(values, low, axis) * (1 - w) + np.take(values, np.minimum(low + 1, n - 1), axis) * w
-        return np.nan_to_num(values, copy=False)
+            t = np.clip(t, 0, n - 1)
+            left = np.minimum(t.astype(int), n - 2)
+            w = (t - left).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(3)])
+            values = np.take(values, left, axis) * (1 - w) + np.take(values, left + 1, axis) * w
+        return box, values
 
 
 def read_lobe_map(array: np.ndarray, spacing: tuple[float, float, float], origin: tuple[float, float, float]) -> LobeMap:
@@ -84,11 +90,12 @@ def read_lobe_map(array: np.ndarray, spacing: tuple[float, float, float], origin
         ValueError: a lung is missing.
     """
     table = np.zeros(1024, np.uint8)
-    luna = bool(np.isin(array, (6, 7, 8)).any())
+    values = np.clip(array, 0, 1023).astype(np.uint16)
+    luna = bool(np.bincount(values.ravel(), minlength=1024)[6:9].any())
     for code, lobe in LUNA_CODES.items() if luna else ((n, n) for n in range(1, 6)):
         table[code] = lobe
         table[code + 512] = lobe
-    codes = table[np.clip(array.astype(np.int64), 0, 1023)]
+    codes = table[values]
     if not ((codes > 0) & (codes < 4)).any() or not (codes > 3).any():
         raise ValueError("the lobe map lacks a lung: it needs codes of right and left lobes")
     bounds = [np.flatnonzero((codes > 0).any(axis=a)) for a in ((1, 2), (0, 2), (0, 1))]
@@ -143,7 +150,7 @@ class Measured:
             lung = (self.codes >= low) & (self.codes <= high)
             medial = np.where(lung, np.abs(x), 90.0).min(axis=2)
             bay = ndimage.gaussian_filter(np.minimum(medial, 70.0), 2.5)
-            prior = ((y[..., 0] / depth - 0.565) / 0.07) ** 2 + ((z[..., 0] / height - 0.545) / 0.06) ** 2
+            prior = ((y[..., 0] / depth - 0.595) / 0.06) ** 2 + ((z[..., 0] / height - 0.545) / 0.06) ** 2
             k, j = np.unravel_index(np.argmax(bay * np.exp(-prior / 2)), bay.shape)
             # the bay itself reaches farther than its smoothed surface
             deepest = ndimage.maximum_filter(np.minimum(medial, 62.0), (7, 7))[k, j]
@@ -179,11 +186,15 @@ class Measured:
         top = min(d.top for d in self.shape.domes)
         lung = self.codes > 0
         between = np.maximum.accumulate(lung, axis=2) & np.maximum.accumulate(lung[:, :, ::-1], axis=2)[:, :, ::-1] & ~lung
-        room = between & (y < 0.68 * depth) & (z > top) & (z < top + 0.28 * height)
-        if not room.any():
-            return np.array([15.0, 0.345 * depth, top + 40]), 500.0
+        room = between & (y < 0.68 * depth) & (z > top) & (z < top + 0.30 * height)
+        # roots and great vessels lie near the midline: what bulges beside it is heart
+        bulge = between & (y < 0.68 * depth) & (np.abs(x) > 25) & (z > top - 10) & (z < 0.6 * height)
+        if not room.any() or not bulge.any():
+            return np.array([22.0, 0.345 * depth, top + 40]), HEART_ROOM
         k, j, i = (float(v.mean()) for v in np.nonzero(room))
-        return self.rough.to_point(np.array([k, j, i])), float(room.sum() * ROUGH**3 / 1000)
+        center = self.rough.to_point(np.array([k, j, i]))
+        center[2] = self.rough.to_point(np.array([np.nonzero(bulge)[0].mean(), 0, 0]))[2]
+        return center, float(room.sum() * ROUGH**3 / 1000)
 
 
 def measure(lobe_map: LobeMap, traits: dict[str, float]) -> Measured:

@@ -107,7 +107,7 @@ def place_spine(rng: np.random.Generator, shape: ChestShape) -> Spine:
 
 
 #: Volume (mL) between the lungs at the height of a heart of size 1, as ``lobe_map.Measured.heart_room`` measures it.
-HEART_ROOM = 1000.0
+HEART_ROOM = 800.0
 
 
 def _heart(rng: np.random.Generator, shape: ChestShape, room: tuple[np.ndarray, float] | None = None) -> Heart:
@@ -118,8 +118,9 @@ def _heart(rng: np.random.Generator, shape: ChestShape, room: tuple[np.ndarray, 
     center = np.array([rng.normal(22, 5) * size, 0.345 * depth + rng.normal(0, 4), bottom + 42 * size])
     if room is not None:
         size = float(np.clip((room[1] / HEART_ROOM) ** (1 / 3), 0.8, 1.3))
-        # the centroid of the space lies right of and behind the chambers' center: roots, gullet and aorta belong to it
-        center = np.array([room[0][0] + 4, room[0][1] - 6, bottom + 42 * size])
+        # offsets of the chambers' center from the centroid of the space, measured on drawn chests
+        level = 0.5 * (bottom + 42 * size) + 0.5 * (room[0][2] + 11)
+        center = np.array([room[0][0] + 12.5, room[0][1] - 2.5, level])
     tilt = np.radians(rng.normal(38, 6))
     dip = np.radians(rng.normal(30, 6))
     along = np.array([np.cos(dip) * np.cos(tilt), -np.cos(dip) * np.sin(tilt), -np.sin(dip)])
@@ -305,7 +306,7 @@ def _leave_room(rng: np.random.Generator, shape: ChestShape, spine: Spine, media
         root = hilum + [-side * 8, 0, -7]
         media.space.append((Ellipsoid(root, np.array([13, 13, 17.0]) * height / 274, np.eye(3)), 0.0))
     for side in (-1, 1):  # fat in the corners between heart and diaphragm
-        pad = heart.center + np.array([side * 42 + 10, -34, -30]) + rng.normal(0, 5, 3)
+        pad = heart.center + np.array([side * 46 + 4, -34, -28]) + rng.normal(0, 5, 3)
         media.space.append((Ellipsoid(pad, np.full(3, 9 + 2.5 * fat) * rng.uniform(0.7, 1.3, 3), np.eye(3)), 0.0))
     z = np.linspace(-60, height + 60, 40)
     line = np.stack([np.zeros_like(z), spine.center(z) + 2, z], 1)

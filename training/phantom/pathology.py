@@ -224,9 +224,9 @@ class Emphysema:
     def paint(self, canvas: Canvas) -> None:
         patch = canvas.whole()
         _, _, z = patch.offsets(np.array([0.0, 0.0, self.focus]))
-        weight = np.exp(-((z / 110.0) ** 2)) * 1.6 - 2.4 + 1.7 * self.severity
-        field = patch.noise(self.seed, 5.0) + 0.5 * patch.noise(self.seed + 1, 18.0)
-        hole = np.clip((field + weight) * 2, 0, 1) * patch.lung
+        weight = np.exp(-((z / 110.0) ** 2)) * 1.6 - 2.9 + 1.7 * self.severity
+        field = patch.noise(self.seed, 2.4) + 0.5 * patch.noise(self.seed + 1, 15.0)
+        hole = np.clip((field + weight) * 1.5, 0, 1) * patch.lung
         patch.blend(0.85 * hole, -975.0)
         patch.mark(self.name, hole >= 0.5)
         for x0, y0, z0, radius in self.bullae:
@@ -314,14 +314,13 @@ class Effusion:
     """Fluid along the dependent chest wall; it is not lung, and the lung beside it is compressed.
 
     Attributes:
-        right: which side; ``middle`` LPS x between the lungs, mm.
+        right: which side.
         depth: greatest thickness, mm.
         back, bottom: LPS y of the posterior and z of the inferior end of the lung, mm.
         size: (y, z) mm of the lung.
     """
 
     right: bool
-    middle: float
     depth: float
     back: float
     bottom: float
@@ -331,15 +330,15 @@ class Effusion:
 
     def paint(self, canvas: Canvas) -> None:
         patch = canvas.whole()
-        x, y, z = patch.offsets(np.array([self.middle, self.back, self.bottom]))
-        side = (x < 0) if self.right else (x >= 0)
+        _, y, z = patch.offsets(np.array([0.0, self.back, self.bottom]))
+        first, last = (LUNG_CODE + 1, LUNG_CODE + 10) if self.right else (LUNG_CODE + 11, LUNG_CODE + 18)
+        lung = (patch.labels >= first) & (patch.labels <= last)
         behind = np.clip(1 + y / (0.75 * self.size[0]), 0, 1)
         below = np.clip(1 - z / (0.85 * self.size[1]), 0, 1)
-        thickness = self.depth * np.sqrt(behind) * below * side
-        level = self.surface.at(patch.frame) - thickness
-        lung = patch.lung
-        cover = patch.soft(level) * (lung & (thickness > 1))
-        compressed = np.clip(1 - level / 9, 0, 1) * (lung & (thickness > 4))
+        thickness = self.depth * behind**0.7 * below
+        level = self.surface.at(patch.frame) - thickness + 1.5
+        cover = patch.soft(level) * lung
+        compressed = np.clip(1 - level / 9, 0, 1) * np.clip(thickness / 12, 0, 1) * lung
         patch.blend(0.75 * compressed, 20.0)
         patch.blend(cover, 8.0)
         inside = cover >= 0.5
@@ -369,11 +368,12 @@ class Fibrosis:
         _, _, z = patch.offsets(np.array([0.0, 0.0, self.bottom]))
         basal = np.clip(1.1 - z / self.height, 0.1, 1)
         depth = self.surface.at(patch.frame)
-        weight = np.clip(1.3 - depth / (22 * self.severity * basal + 3), 0, 1) * patch.lung
-        net = np.clip(1 - np.abs(patch.noise(self.seed, 4.0)) / 0.35, 0, 1)
+        ragged = 0.3 * patch.noise(self.seed + 2, 9.0)
+        weight = np.clip(1.3 + ragged - depth / (15 * self.severity * basal + 2), 0, 1) * patch.lung
+        net = np.clip(1 - np.abs(patch.noise(self.seed, 2.3)) / 0.4, 0, 1)
         patch.brighten(weight * (130 + 480 * self.severity * net))
         if self.severity > 0.5:
-            cell = np.clip(3 * (patch.noise(self.seed + 1, 3.2) - 0.1), 0, 1)
+            cell = np.clip(3 * (patch.noise(self.seed + 1, 1.9) - 0.1), 0, 1)
             patch.blend(0.9 * cell * np.clip(2 * weight - 1, 0, 1), -940.0)
         patch.mark(self.name, weight >= 0.5)
 
@@ -393,7 +393,7 @@ class CrazyPaving:
     def paint(self, canvas: Canvas) -> None:
         patch = canvas.whole()
         area = np.clip((patch.noise(self.seed, 22.0) + 2.4 * self.extent - 1.3) * 4, 0, 1) * patch.lung
-        net = np.clip(1 - np.abs(patch.noise(self.seed + 1, 4.5)) / 0.25, 0, 1)
+        net = np.clip(1 - np.abs(patch.noise(self.seed + 1, 2.6)) / 0.3, 0, 1)
         patch.brighten(area * (230 + 190 * net))
         patch.mark(self.name, area >= 0.5)
 
@@ -561,13 +561,12 @@ class _Sampler:
 
     def effusion(self) -> list[Pathology]:
         found: list[Pathology] = []
-        middle = float(np.mean([self.span(0, -1)[1], self.span(0, 1)[0]]))
         for side in (-1, 1):
             if self.rng.random() < 0.65:
                 (front, back), (bottom, top) = self.span(1, side), self.span(2, side)
                 depth = float(self.rng.uniform(6, 34))
                 size = (back - front, top - bottom)
-                found.append(Effusion(side < 0, middle, depth, back, bottom, size, self.surface))
+                found.append(Effusion(side < 0, depth, back, bottom, size, self.surface))
         return found
 
     def fibrosis(self) -> list[Pathology]:

@@ -373,7 +373,16 @@ def _anatomy(patient: Patient, frame: Frame, tissue: Tissue | None = None, contr
     canvas = Canvas(frame, labels, hu if tissue else None, contrast.organs)
     for pathology in patient.pathologies:
         pathology.paint(canvas)
+    if tissue and canvas.dense.any():
+        _close_rim(canvas, means)
     return canvas
+
+
+def _close_rim(canvas: Canvas, means: np.ndarray) -> None:
+    """Where soft tissue fills the lung to its surface, the surface's partial volume holds no air any more."""
+    assert canvas.hu is not None
+    rim = ndimage.binary_dilation(canvas.dense) & (canvas.labels < LUNG_CODE) & ~canvas.dense
+    canvas.hu[rim] = np.maximum(canvas.hu[rim], np.maximum(means[canvas.labels[rim]], -120))
 
 
 def _covers(patient: Patient, frame: Frame, shown: dict[Tree, np.ndarray]) -> dict[Tree, Cover]:
