@@ -1,6 +1,6 @@
 """Turn a training run into a shipped weight: EMA weights in float16 with a card.
 
-    python -m training.export training/configs/coarse.toml --run runs/coarse --out Resources/Weights
+python -m training.export training/configs/coarse.toml --run runs/coarse --out Resources/Weights
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HEAD_CLASSES: dict[str, tuple[str, ...]] = {
 }
 
 _LIMITS = (
-    "Trained on synthetic chests only; research use, not a medical device. Thick slices (above 3 mm), severe pathology, "
+    "Trained on synthetic chests only; research use, no medical device. Thick slices (above 3 mm), severe pathology, "
     "children and anatomy after surgery are outside what was measured; see the findings in each result."
 )
 

@@ -67,7 +67,14 @@ def load_sample(path: Path) -> Sample:
     with np.load(path) as data:
         spacing, origin, low, high = (tuple(float(v) for v in row) for row in data["geometry"])
         return Sample(
-            data["ct"], data["regions"], data["lobes"], data["trees"], data["skeleton"], spacing, origin, LungBox(low, high)
+            data["ct"],
+            data["regions"],
+            data["lobes"],
+            data["trees"],
+            data["skeleton"],
+            spacing,
+            origin,
+            LungBox(low, high),
         )
 
 

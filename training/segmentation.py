@@ -2,7 +2,7 @@
 
     python -m training.segmentation training/configs/coarse.toml --pool runs/pool/coarse --run runs/coarse
 
-Runs on one GPU, on several (``accelerate launch -m training.segmentation ...``) or on the CPU (bfloat16, channels-last).
+Runs on one GPU, on several (``accelerate launch -m training.segmentation ...``) or on the CPU (bfloat16).
 A run folder holds the last checkpoint, a log (``log.jsonl``) and the exported EMA weight; starting the same command
 again resumes where the run was stopped.
 """
@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import random
 import signal
 import subprocess
 import time
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 
 from LCTfoundLib.networks.unet3d import UNet3D, UNet3DConfig
 from training.losses import IGNORE, HeadTarget, head_loss
-from training.samples import Pool, SampleDataset
+from training.samples import Pool, SampleDataset, load_sample
 
 __all__ = ["Trainer", "main"]
 
@@ -44,9 +46,15 @@ class Trainer:
         self.config, self.run, self.validation = config, run, validation
         run.mkdir(parents=True, exist_ok=True)
         self.accelerator = _accelerator()
-        self.device = self.accelerator.device if self.accelerator else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = (
+            self.accelerator.device
+            if self.accelerator
+            else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        )
         torch.manual_seed(int(config.get("seed", 0)))
-        self.network = UNet3D(UNet3DConfig.from_dict(config["network"])).to(self.device, memory_format=torch.channels_last_3d)
+        self.network = UNet3D(UNet3DConfig.from_dict(config["network"])).to(
+            self.device, memory_format=torch.channels_last_3d
+        )
         settings = config["optimizer"]
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"]
@@ -64,7 +72,9 @@ class Trainer:
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
-    def fit(self, max_seconds: float = math.inf, workers: int = 0, log_every: int = 10, validate_every: int = 200) -> None:
+    def fit(
+        self, max_seconds: float = math.inf, workers: int = 0, log_every: int = 10, validate_every: int = 200
+    ) -> None:
         """Train until the configured steps or ``max_seconds`` of this call, whichever is first."""
         stop = _StopOnSignal()
         batches = self._batches(workers)
@@ -165,7 +175,7 @@ class Trainer:
         dataset = SampleDataset(self.validation, self.patch, 0, augment=False)  # type: ignore[arg-type]
         scores: dict[str, list[Tensor]] = {name: [] for name in self.config["heads"]}
         for path in self.validation.files():
-            item = dataset.item(_load(path), dataset_rng())
+            item = dataset.item(load_sample(path), random.Random(0))
             with torch.autocast(self.device.type, torch.bfloat16):
                 logits = self.network(item["input"][None].to(self.device, memory_format=torch.channels_last_3d))
             for name, part in zip(self.config["heads"], self.network.split(logits), strict=True):
@@ -213,19 +223,6 @@ class Trainer:
             file.write(json.dumps({"step": self.step, "training_seconds": round(self.seconds, 1), **values}) + "\n")
 
 
-def dataset_rng():  # type: ignore[no-untyped-def]
-    """A fixed generator: validation draws nothing at random."""
-    import random
-
-    return random.Random(0)
-
-
-def _load(path: Path):  # type: ignore[no-untyped-def]
-    from training.samples import load_sample
-
-    return load_sample(path)
-
-
 def _dice(prediction: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Dice per class, NaN where the class is absent from both."""
     known = labels != IGNORE
@@ -249,8 +246,6 @@ class _StopOnSignal:
 
 def _accelerator():  # type: ignore[no-untyped-def]
     """accelerate's Accelerator when launched with several processes, else None (then accelerate is not needed)."""
-    import os
-
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     from accelerate import Accelerator
@@ -260,7 +255,9 @@ def _accelerator():  # type: ignore[no-untyped-def]
 
 def commit_hash() -> str:
     """The commit that trains, for the weight's card."""
-    run = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    run = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
     return run.stdout.strip() or "unknown"
 
 

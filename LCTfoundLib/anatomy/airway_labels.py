@@ -311,16 +311,39 @@ def carina_node(tree: LabeledTree) -> int | None:
     return int(both[graph.generation[both].argmax()]) if len(both) else None
 
 
-def airway_findings(tree: LabeledTree) -> list[Finding]:
-    """Missing segmental bronchi and variants of the airway, in words."""
+def airway_findings(
+    tree: LabeledTree, lobes: Volume | None = None, prior: Probabilities | None = None
+) -> list[Finding]:
+    """Missing segmental bronchi and variants of the airway, in words.
+
+    Args:
+        tree: the labeled airway.
+        lobes: ``Lobe`` codes; a segment of a lobe that is not there is no finding. Optional.
+        prior: the network's segments, which tell a bronchus not seen from a segment that is not there. Optional.
+    """
+    present = set(Lobe) if lobes is None else {Lobe(code) for code in np.unique(lobes.array[::2, ::2, ::2]) if code}
     findings = []
     for code in tree.missing:
         segment = segment_by_code(code)
-        sentence = f"No bronchus to {segment.name} ({segment.short}) was found; its border rests on the network alone."
+        if segment.lobe not in present:
+            continue
+        if prior is not None and _share_in_lobe(prior, code) < 0.02:
+            sentence = (
+                f"{segment.name} ({segment.short}) seems to be missing or fused with a neighbor: no own bronchus."
+            )
+        else:
+            sentence = f"No bronchus to {segment.name} ({segment.short}) was found; its extent rests on the network."
         findings.append(Finding(Severity.NOTE, segment.key, sentence))
     findings += _common_trunks(tree)
     tracheal = _tracheal_bronchus(tree)
     return findings + ([tracheal] if tracheal else [])
+
+
+def _share_in_lobe(prior: Probabilities, code: int) -> float:
+    """Share of its lobe that the network gives to a segment."""
+    lobe = segment_by_code(code).lobe
+    total = sum(float(prior.values[s.code].sum(dtype=np.float64)) for s in SEGMENTS if s.lobe == lobe)
+    return float(prior.values[code].sum(dtype=np.float64)) / max(total, 1e-9)
 
 
 #: Pairs that share a trunk in a variant worth naming; normally the three part at once or one after another.

@@ -8,10 +8,10 @@ import numpy as np
 from scipy import ndimage, sparse
 from scipy.sparse.csgraph import breadth_first_order, connected_components, minimum_spanning_tree
 from scipy.spatial import cKDTree
-from skimage.morphology import skeletonize
 
 from LCTfoundLib.anatomy.graph import Branches, TreeGraph
 from LCTfoundLib.anatomy.masks import CORNERS, FACES, bounding_box, crop
+from LCTfoundLib.anatomy.thinning import thin
 from LCTfoundLib.volume import Volume
 
 __all__ = ["SkeletonRule", "airway_root", "nearest_nodes", "prune_spurs", "skeleton_graph", "smooth_points"]
@@ -43,7 +43,7 @@ class SkeletonRule:
 def skeleton_graph(mask: Volume, root: np.ndarray | None = None, rule: SkeletonRule | None = None) -> TreeGraph:
     """The centerline tree of each connected component of a mask.
 
-    Thinning after Lee et al. (1994). Loops (vessels that touch) are cut at their thinnest, longest place by a minimum
+    Loops (vessels that touch) are cut at their thinnest, longest place by a minimum
     spanning tree whose edges cost length / radius.
 
     Args:
@@ -62,7 +62,7 @@ def skeleton_graph(mask: Volume, root: np.ndarray | None = None, rule: SkeletonR
         return TreeGraph.empty()
     part = crop(mask, box)
     inside = np.ascontiguousarray(part.array > 0)
-    index = np.argwhere(skeletonize(inside) > 0)
+    index = np.argwhere(thin(inside))
     points = part.world_from_index(index)
     border = _border_tree(inside, part)
     radius = border.query(points)[0]

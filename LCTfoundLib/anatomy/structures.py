@@ -12,7 +12,7 @@ Two label layers describe a lung, because a vessel lies *inside* a segment:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum, IntEnum
+from enum import IntEnum, StrEnum
 
 import numpy as np
 
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-class Side(str, Enum):
+class Side(StrEnum):
     """Patient side."""
 
     RIGHT = "right"
@@ -109,7 +109,13 @@ def _segment(code: int, lobe: Lobe, number: str, anatomy: str, color: tuple[int,
     side = lobe.side
     key = f"{side.value}_s{'_'.join(f'{int(part):02d}' for part in number.split('+'))}"
     return Structure(
-        code, key, f"{side.value.capitalize()} S{number} {anatomy}", f"{side.value[0].upper()}S{number}", color, lobe, side
+        code,
+        key,
+        f"{side.value.capitalize()} S{number} {anatomy}",
+        f"{side.value[0].upper()}S{number}",
+        color,
+        lobe,
+        side,
     )
 
 

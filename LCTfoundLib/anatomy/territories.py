@@ -49,15 +49,18 @@ class TerritoryRule:
         most_tree: weight of the tree where it reaches everywhere; the rest is the network's.
         near_mm, far_mm: mean distance of a lobe's voxels to the labeled tree at which the tree has its full weight, and
             none any more.
-        vein: how much a plane of veins keeps territories apart, as extra distance in mm across one vein; 0 = off.
+        vein: veins run between segments: the way to a branch counts longer by this factor times the mean share of vein
+            along it. 0 = off.
+        vein_sigma_mm: how far a vein is smeared.
     """
 
     grid_mm: float = 2.0
-    scale_mm: float = 4.0
+    scale_mm: float = 6.0
     most_tree: float = 0.75
     near_mm: float = 9.0
     far_mm: float = 30.0
-    vein: float = 0.0
+    vein: float = 10.0
+    vein_sigma_mm: float = 3.0
 
 
 @dataclass
@@ -268,7 +271,7 @@ def territories(
         lobes: uint8 ``Lobe`` codes, canonical, each lobe one face-connected component.
         trees: labeled airway, and artery too where there is one.
         prior: probabilities of the segments (codes 1-18) on any canonical grid. None: the tree alone.
-        veins: bool mask of the veins on any canonical grid; used when ``rule.vein`` > 0.
+        veins: bool mask of the veins on any canonical grid; optional.
         rule: weights.
 
     Returns:
@@ -316,9 +319,7 @@ def _divide(
     grid = coarse_grid(lobe, rule.grid_mm)
     share = resample(lobe.with_array(lobe.array.astype(np.float32)), grid)
     where = ndimage.binary_dilation(share > 0, CORNERS)  # all that interpolation in the lobe looks at
-    distance, weight = _distances(grid, where, share, segments, points, codes, prior is not None, rule)
-    if veins is not None and rule.vein > 0:
-        distance = distance + rule.vein * _veins_crossed(grid, where, segments, points, codes, veins)
+    distance, weight = _distances(grid, where, share, segments, (points, codes), veins, prior is not None, rule)
     if prior is None:
         weight = 1.0
     cost = weight * distance / rule.scale_mm
@@ -340,8 +341,8 @@ def _distances(
     where: np.ndarray,
     share: np.ndarray,
     segments: np.ndarray,
-    points: np.ndarray,
-    codes: np.ndarray,
+    branches: tuple[np.ndarray, np.ndarray],
+    veins: Volume | None,
     known_elsewhere: bool,
     rule: TerritoryRule,
 ) -> tuple[np.ndarray, float]:
@@ -350,44 +351,43 @@ def _distances(
     A segment without branches is as far as the nearest one where the network knows it (it decides between them), else
     infinitely far.
     """
-    places = grid.world_from_index(np.argwhere(where))
-    result = np.full((len(segments), len(places)), _FAR_MM, dtype=np.float32)
-    for place, code in enumerate(segments):
-        if (codes == code).any():
-            result[place] = cKDTree(points[codes == code]).query(places)[0]
-    nearest = result.min(axis=0)
+    points, codes = branches
+    index = np.argwhere(where)
+    result = np.full((len(segments), len(index)), _FAR_MM, dtype=np.float32)
     if not len(points):
-        return np.zeros_like(result), 0.0
+        return result * 0, 0.0
+    places = grid.world_from_index(index)
+    density = _vein_density(grid, veins, rule) if veins is not None and rule.vein > 0 else None
+    nearest = np.full(len(index), _FAR_MM, dtype=np.float32)
+    for place, code in enumerate(segments):
+        mine = points[codes == code]
+        if len(mine):
+            distance, node = cKDTree(mine).query(places)
+            nearest = np.minimum(nearest, distance)
+            result[place] = distance
+            if density is not None:
+                target = grid.index_from_world(mine[node])
+                result[place] += rule.vein * distance * _mean_between(density, index, target)
     if known_elsewhere:
-        result = np.where(result < _FAR_MM, result, nearest)
+        result = np.where(result < _FAR_MM, result, result.min(axis=0))
     reach = float(np.average(nearest, weights=np.maximum(share[where], 1e-6)))
     weight = rule.most_tree * float(np.clip((rule.far_mm - reach) / (rule.far_mm - rule.near_mm), 0.0, 1.0))
     return result, weight
 
 
-def _veins_crossed(
-    grid: Volume, where: np.ndarray, segments: np.ndarray, points: np.ndarray, codes: np.ndarray, veins: Volume
-) -> np.ndarray:
-    index = np.argwhere(where)
-    places = grid.world_from_index(index)
+def _vein_density(grid: Volume, veins: Volume, rule: TerritoryRule) -> np.ndarray:
+    """Share of vein voxels nearby: intersegmental veins mark a plane, which lies between and around them."""
     share = resample(veins.with_array(veins.array.astype(np.float32)), grid)
-    density = ndimage.gaussian_filter(share, SIG / np.array(grid.spacing[::-1]))
-    result = np.zeros((len(segments), len(places)), dtype=np.float32)
-    for place, code in enumerate(segments):
-        mine = points[codes == code]
-        if not len(mine):
-            continue
-        distance, nearest = cKDTree(mine).query(places)
-        target = grid.index_from_world(mine[nearest])
-        total = np.zeros(len(places), np.float32)
-        for f in (np.arange(8) + 0.5) / 8:
-            at = np.clip(np.rint(index + f * (target - index)).astype(int), 0, np.array(density.shape) - 1)
-            total += density[at[:, 0], at[:, 1], at[:, 2]]
-        result[place] = total / 8 * distance
-    return result
+    return ndimage.gaussian_filter(share, rule.vein_sigma_mm / np.array(grid.spacing[::-1]))
 
 
-SIG = 3.0
+def _mean_between(density: np.ndarray, start: np.ndarray, end: np.ndarray, samples: int = 8) -> np.ndarray:
+    """(M,) mean of an array along the straight ways between (M, 3) voxel indices."""
+    total = np.zeros(len(start), dtype=np.float32)
+    for fraction in (np.arange(samples) + 0.5) / samples:
+        at = np.rint(start + fraction * (end - start)).astype(np.int32)
+        total += density[tuple(np.clip(at, 0, np.array(density.shape) - 1).T)]
+    return total / samples
 
 
 def _prior_cost(grid: Volume, where: np.ndarray, segments: np.ndarray, prior: Probabilities) -> np.ndarray:

@@ -139,7 +139,14 @@ def segment_lungs(ct: Volume, request: LungRequest | None = None, progress: Prog
     request = request or LungRequest()
     clock = _Clock()
     steps = Progress.of(progress).split(
-        {"Loading": 2, "Coarse network": 8, "Fine network": 45, "Airway and vessels": 25, "Segments": 15, "Original grid": 5}
+        {
+            "Loading": 2,
+            "Coarse network": 8,
+            "Fine network": 45,
+            "Airway and vessels": 25,
+            "Segments": 15,
+            "Original grid": 5,
+        }
     )
     loading, coarse_step, fine_step, tree_step, segment_step, last_step = steps
     loading.update(0.0)
@@ -348,7 +355,7 @@ def _findings(
         *check_trees(trees.labels, work.spacing, parts.lobes),
         *check_segments(parts.segments, work.spacing),
         *disagree,
-        *airway_findings(parts.airway, work.with_array(parts.lobes), parts.prior),
+        *airway_findings(parts.airway),
     ]
     return sorted(findings, key=lambda finding: -finding.severity), agreement
 

@@ -644,6 +644,22 @@ def test_joint_codes_hold_organs_and_segments(patient: Patient) -> None:
 
 
 @pytest.mark.slow
+def test_one_call_gives_the_same_patient_at_another_dose_and_without_contrast() -> None:
+    from training.phantom import phantom
+
+    full = phantom(5, spacing=3.0, contrast=Phase.PULMONARY)
+    low = phantom(5, spacing=3.0, contrast=Phase.NONE, dose=0.1)
+    np.testing.assert_array_equal(full.segments.array, low.segments.array)
+    np.testing.assert_array_equal(full.trees.array, low.trees.array)
+    liver = _eroded(full.organs.array == Organ.LIVER)
+    assert low.ct.array[liver].std() > 1.5 * full.ct.array[liver].std()
+    artery = _eroded(full.trees.array == Tree.ARTERY)
+    assert full.ct.array[artery].mean() > low.ct.array[artery].mean() + 80
+    assert set(np.unique(full.segments.array)) == set(range(19))
+    assert full.provenance["patient"] == 5 and len(full.graphs[Tree.AIRWAY]) > 300
+
+
+@pytest.mark.slow
 def test_a_box_is_rendered_within_its_budget(patient: Patient) -> None:
     scan = Scan(spacing=(1.0,) * 3, thickness=1.0)
     box = np.array([-90.0, -48.0, -48.0]), np.array([6.0, 48.0, 48.0])

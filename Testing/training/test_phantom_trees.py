@@ -15,7 +15,15 @@ from scipy.spatial import cKDTree
 from LCTfoundLib.anatomy.graph import TreeGraph
 from LCTfoundLib.anatomy.structures import LOBE_OF_SEGMENT, lobes_from_segments
 from training.phantom.airway import Frame, central_airway
-from training.phantom.branching import FillRule, VoxelMap, accumulate, branch_flow, fill_cloud, generations, smooth_nodes
+from training.phantom.branching import (
+    FillRule,
+    VoxelMap,
+    accumulate,
+    branch_flow,
+    fill_cloud,
+    generations,
+    smooth_nodes,
+)
 from training.phantom.growth import LungTrees, grow_trees
 from training.phantom.literature import LITERATURE, branch_table, main, mask_to_tree, statistics, tree_statistics
 from training.phantom.segments import connect, nearest_branch_segments
@@ -448,7 +456,7 @@ def test_trees_grow_in_a_real_lobe_map(number: int) -> None:
     sitk = pytest.importorskip("SimpleITK")
     image = sitk.DICOMOrient(sitk.ReadImage(str(files[number])), "LPS")
     x, y, z = image.GetSpacing()
-    thorax = thorax_from_lobes(sitk.GetArrayFromImage(image), (z, y, x), image.GetOrigin(), 1, spacing=2.5)
+    thorax = thorax_from_lobes(sitk.GetArrayFromImage(image), (x, y, z), image.GetOrigin(), 1, spacing=2.5)
     trees = grow_trees(thorax, number)
     assert np.array_equal(lobes_from_segments(trees.segments), thorax.lobes)
     assert set(range(1, 19)) <= set(np.unique(trees.airway.segment))

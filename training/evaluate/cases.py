@@ -169,7 +169,7 @@ def _shape_sources(data: Path) -> Iterator[CaseSource]:
         path = data / "shapes" / "lobes" / name
         yield CaseSource(
             path.stem,
-            lambda path=path, seed=seed: phantom_case(seed, lobe_map=load_lobe_map(path)),
+            lambda path=path, seed=seed: replace(phantom_case(seed, lobe_map=load_lobe_map(path)), name=path.stem),
             "" if path.is_file() else "the lobe map is not in the data folder",
         )
 

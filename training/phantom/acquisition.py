@@ -117,7 +117,7 @@ class Scan:
             regime = Regime.PHYSICS if rng.random() < 0.7 else Regime.RANDOM
         thickness = float(rng.choice(list(_THICKNESS), p=list(_THICKNESS.values())))
         gap = thickness * float(rng.choice([0.7, 1.0], p=[0.35, 0.65]))
-        phase = rng.choice(list(Phase), p=[0.4, 0.14, 0.2, 0.13, 0.13])
+        phase = list(Phase)[int(rng.choice(len(Phase), p=[0.4, 0.14, 0.2, 0.13, 0.13]))]
         plane, sharp = float(rng.uniform(0.6, 0.95)), float(rng.random())
         scan = cls(
             spacing=(plane, plane, gap),
@@ -335,7 +335,7 @@ def lateral_excess(attenuation: np.ndarray, step: float) -> np.ndarray:
     """
     lateral = attenuation.sum(axis=2, keepdims=True) * step
     across = np.percentile(attenuation.sum(axis=1) * step, 80, axis=1)[:, None, None]
-    return np.clip(np.exp(0.55 * (lateral - np.maximum(across, 3.0))) - 1, 0, 12).astype(np.float32)
+    return np.clip(np.exp(0.55 * (lateral - np.maximum(across, 3.0))) - 1, 0, 8).astype(np.float32)
 
 
 def add_shoulder_streaks(

@@ -180,7 +180,7 @@ def _right_main_end(frame: Frame, rng: np.random.Generator, carina: np.ndarray) 
     scale, hilum = frame.scale, np.asarray(frame.landmarks["hilum_right"])
     free = scale * rng.normal(16, 3) * _lean(-1, rng.normal(35, 5), 0.2)
     goal = frame.reach(1, hilum + scale * np.array([-4.0, 2.0, 14.0])) + scale * np.array([14.0, 0.0, -4.0]) - carina
-    return carina + _within(_steep(0.6 * free + 0.4 * goal, 25, 48), 12 * scale, 26 * scale)
+    return carina + _within(_steep(0.75 * free + 0.25 * goal, 24, 44), 12 * scale, 26 * scale)
 
 
 def _lean(side: int, degrees: float, back: float) -> np.ndarray:
@@ -192,9 +192,9 @@ def _lean(side: int, degrees: float, back: float) -> np.ndarray:
 def _steep(way: np.ndarray, low: float, high: float) -> np.ndarray:
     """The same length with its angle to the vertical, in the coronal plane, within limits in degrees."""
     angle = np.degrees(np.arctan2(abs(way[0]), -way[2]))
-    length = float(np.linalg.norm(way))
-    back = way[1] / max(float(np.hypot(way[0], way[2])), 1e-6)
-    return length * unit(_lean(-1 if way[0] < 0 else 1, float(np.clip(angle, low, high)), float(np.clip(back, -0.5, 0.5))))
+    back = float(np.clip(way[1] / max(float(np.hypot(way[0], way[2])), 1e-6), -0.5, 0.5))
+    lean = _lean(-1 if way[0] < 0 else 1, float(np.clip(angle, low, high)), back)
+    return float(np.linalg.norm(way)) * unit(lean)
 
 
 def _right_upper(central: Central, rng: np.random.Generator) -> Nest:
@@ -231,7 +231,7 @@ def _left(central: Central, frame: Frame, rng: np.random.Generator, trachea: int
     # Mi 2015: 48.3 +- 6.5 mm long, 42.5 degrees
     free = scale * rng.normal(46, 4) * _lean(1, rng.normal(43, 5), 0.25)
     goal = hilum + scale * np.array([-8.0, 2.0, 0.0]) - carina
-    main_end = carina + _within(_steep(0.5 * (free + goal), 33, 55), 34 * scale, 58 * scale)
+    main_end = carina + _within(_steep(0.5 * (free + goal), 32, 52), 34 * scale, 58 * scale)
     main = branches.add(trachea, main_end, "left main")
     upper_end = frame.reach(4, main_end + scale * rng.normal(11, 1.5) * _aim(rng, (0.85, -0.5, 0.05)))
     upper = branches.add(main, _toward(main_end, upper_end, 22 * scale), "left upper")

@@ -59,14 +59,18 @@ class Grid:
         """Index slices (k, j, i) of the voxels between two LPS corners, cut to the grid (possibly empty)."""
         a = np.ceil(self.to_index(np.asarray(low))).astype(int)
         b = np.floor(self.to_index(np.asarray(high))).astype(int) + 1
-        slices = [slice(int(max(p, 0)), int(max(min(q, n), max(p, 0)))) for p, q, n in zip(a, b, self.shape, strict=True)]
+        slices = [
+            slice(int(max(p, 0)), int(max(min(q, n), max(p, 0)))) for p, q, n in zip(a, b, self.shape, strict=True)
+        ]
         return slices[0], slices[1], slices[2]
 
     def part(self, box: tuple[slice, slice, slice]) -> Grid:
         """The grid of a box of this grid."""
         shape = tuple(s.stop - s.start for s in box)
         origin = self.to_point(np.array([s.start for s in box]))
-        return Grid(self.spacing, (shape[0], shape[1], shape[2]), (float(origin[0]), float(origin[1]), float(origin[2])))
+        return Grid(
+            self.spacing, (shape[0], shape[1], shape[2]), (float(origin[0]), float(origin[1]), float(origin[2]))
+        )
 
 
 class SmoothNoise:
@@ -82,6 +86,12 @@ class SmoothNoise:
         counts = np.ceil((np.asarray(high) - self.low) / self.step).astype(int) + 4
         # 0.33 is the root mean square of the tensor product of three cubic B-spline bases (0.69 per axis).
         self.nodes = (rng.standard_normal(counts[::-1]) / 0.33).astype(np.float32)
+
+    @staticmethod
+    def around(rng: np.random.Generator, grid: Grid, wavelength: float) -> SmoothNoise:
+        """A field over a box of fixed size at a grid's corner, so the draw does not depend on the grid's spacing."""
+        low = np.array(grid.origin)
+        return SmoothNoise(rng, low, low + [450.0, 420.0, 560.0], wavelength)
 
     def _basis(self, coordinates: np.ndarray, axis: int) -> np.ndarray:
         count = self.nodes.shape[2 - axis]
@@ -134,9 +144,7 @@ def _upsample(field, ratio, start, out):  # type: ignore[no-untyped-def]
                 out[k, j, i] = row[p] + weight[i] * (row[p + 1] - row[p])
 
 
-def upsample(
-    field: np.ndarray, coarse: Grid, fine: Grid, box: tuple[slice, slice, slice] | None = None
-) -> np.ndarray:
+def upsample(field: np.ndarray, coarse: Grid, fine: Grid, box: tuple[slice, slice, slice] | None = None) -> np.ndarray:
     """Trilinear values of a coarse field at the voxels of a fine grid that shares voxel 0, or of a box of it."""
     shape = tuple(s.stop - s.start for s in box) if box else fine.shape
     start = np.array([s.start for s in box] if box else (0, 0, 0), np.int64)

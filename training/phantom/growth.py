@@ -220,6 +220,8 @@ def _artery(bundle: Bundle, segments: VoxelMap, frame: Frame, habit: Habit, rng:
     nodes = bundle.nodes
     clearance = bundle.radius * (1 + habit.ratio) + bundle.wall + rng.uniform(0.3, 0.7)
     tree = artery_tree(bundle.branches, nodes, clearance, frame, rng)
+    tree.split(4.5)
+    tree.points = smooth_nodes(tree.points, tree.parent, 2, np.zeros(len(tree), bool))
     segmental = habit.ratio * bundle.segmental
     radius = _vessel_radius(tree, habit, segmental)
     cloud = _any_points(segments, 3.5 * habit.unit_volume, rng)
@@ -228,6 +230,8 @@ def _artery(bundle: Bundle, segments: VoxelMap, frame: Frame, habit: Habit, rng:
     radius = _vessel_radius(tree, habit, segmental)
     visible = bundle.radius > 0.5
     push_apart(tree, radius, nodes.points[visible], (bundle.radius + bundle.wall)[visible], frame.lobes, gap=0.2)
+    tree.split(5.0)
+    radius = _vessel_radius(tree, habit, segmental)
     return TreeGraph(tree.points, radius, tree.parent, tree.segment, generations(tree.parent))
 
 
@@ -266,7 +270,8 @@ def _vein(
     use = labels[:, 0] > 0
     grid = lattice(segments, bundle.nodes.points[use], labels[use], bundle.radius[use], 3.6)
     tree = vein_tree(bundle.branches, grid, frame, rng)
-    tree.points = smooth_nodes(tree.points, tree.parent, 6, tree.central)
+    tree.split(4.5)
+    tree.points = smooth_nodes(tree.points, tree.parent, 6, np.zeros(len(tree), bool))
     cloud = _any_points(segments, 1.1 * habit.unit_volume, rng)
     cloud = cloud[cKDTree(bundle.nodes.points).query(cloud)[0] > 2.5]
     side_branches(tree, ~tree.central, cloud, frame.lobes, frame.lobes, FillRule(fraction=0.45, reach=0.9), rng, 16)
@@ -275,6 +280,8 @@ def _vein(
     others = np.concatenate([bundle.nodes.points[visible], artery.points])
     sizes = np.concatenate([(bundle.radius + bundle.wall)[visible], artery.radius])
     push_apart(tree, radius, others, sizes, frame.lobes, rounds=5)
+    tree.split(5.0)
+    radius = _vessel_radius(tree, habit, habit.ratio * bundle.segmental)
     children = np.bincount(tree.parent[tree.parent >= 0], minlength=len(tree))
     codes = segments.at(tree.points).astype(np.int64)
     codes_below = subtree_codes(tree.parent, np.where(children == 0, codes, 0))

@@ -1,7 +1,7 @@
 """Statistics of generated trees beside literature values and real trees: ``python -m training.phantom.literature``.
 
-Sources of the literature column (``REFERENCES``); where only the abstract or a textbook table was at hand, the value is
-the one that these give.
+The sources are in ``REFERENCES``. Values of those in ``QUOTED`` are the ones usually quoted from these works and were
+not looked up in the original again; all others were read in the abstract or table of the source.
 """
 
 from __future__ import annotations
@@ -50,10 +50,26 @@ REFERENCES: dict[str, str] = {
     "Left lower 2024": "Branching pattern of the bronchi in the left lower lobe, Hebei General Hospital (540 CTs)",
     "Atwell 1966": "Atwell SW. Double superior segmental bronchi. Ann Thorac Surg 2:755 (1200 bronchograms)",
     "Ghaye 2001": "Ghaye B et al. Congenital bronchial abnormalities revisited. Radiographics 21:105",
-    "Ugalde 2007": "Ugalde P et al. Lobes, fissures, and bronchopulmonary segments. Thorac Surg Clin 17:587",
     "Nakano 2000": "Nakano Y et al. CT assessment of airway wall. Am J Respir Crit Care Med 162:1102",
     "Kim 1995": "Kim SJ et al. Normal bronchial and pulmonary arterial diameters by thin-section CT. JCAT 19:365",
 }
+
+
+#: Sources whose values are quoted, not looked up again.
+QUOTED = frozenset(
+    {
+        "Weibel 1963",
+        "Horsfield 1968",
+        "Horsfield 1976",
+        "Raabe 1976",
+        "Kitaoka 1999",
+        "Tawhai 2004",
+        "Huang 1996",
+        "Ghaye 2001",
+        "Nakano 2000",
+        "Kim 1995",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -73,8 +89,8 @@ LITERATURE: dict[str, Value] = {
     "left main.length": Value("left main bronchus length, mm", "48.3 +- 6.5", "Mi 2015"),
     "right main.angle": Value("right main bronchus to the vertical, degrees", "34.9", "Mi 2015"),
     "left main.angle": Value("left main bronchus to the vertical, degrees", "42.5", "Mi 2015"),
-    "right main.diameter": Value("right main bronchus diameter, mm", "12-16 (model A, mean of both: 12.2)", "Weibel 1963"),
-    "left main.diameter": Value("left main bronchus diameter, mm", "10-14 (model A, mean of both: 12.2)", "Weibel 1963"),
+    "right main.diameter": Value("right main bronchus diameter, mm", "12-16", "common CT reference"),
+    "left main.diameter": Value("left main bronchus diameter, mm", "10-14", "common CT reference"),
     "airway.branches": Value("airway branches", "", ""),
     "airway.angle": Value("airway branching angle, degrees", "35-45", "Horsfield 1968, Tawhai 2004"),
     "airway.length/diameter": Value("airway length / diameter", "2.8-3.25", "Weibel 1963, Tawhai 2004"),
@@ -105,6 +121,16 @@ LITERATURE: dict[str, Value] = {
     f"airway.diameter {generation}": Value(f"airway diameter, generation {generation}, mm", str(mm), "Weibel 1963")
     for generation, mm in enumerate((18.0, 12.2, 8.3, 5.6, 4.5, 3.5, 2.8, 2.3, 1.86))
 }  # fmt: skip
+
+
+#: Share of each lobe in both lungs, supine (Yamada 2020, 32 volunteers).
+LOBE_SHARE: dict[str, str] = {
+    "Right upper lobe": "0.179 +- 0.024",
+    "Right middle lobe": "0.093 +- 0.016",
+    "Right lower lobe": "0.265 +- 0.026",
+    "Left upper lobe": "0.231 +- 0.021",
+    "Left lower lobe": "0.232 +- 0.024",
+}
 
 
 @dataclass
@@ -162,13 +188,9 @@ def branch_table(graph: TreeGraph) -> BranchTable:
         length,
         graph.points[last] - graph.points[first],
         weighted / np.maximum(length, 1e-9),
-        generations(_with_roots(up)),
+        generations(up),
         _strahler(up),
     )
-
-
-def _with_roots(parent: np.ndarray) -> np.ndarray:
-    return parent.astype(np.int64)
 
 
 def _strahler(parent: np.ndarray) -> np.ndarray:
@@ -186,14 +208,14 @@ def _strahler(parent: np.ndarray) -> np.ndarray:
     return order
 
 
-def tree_statistics(graph: TreeGraph, smallest: float = 0.0) -> dict[str, float]:
+def tree_statistics(graph: TreeGraph, smallest: float = 0.0, largest: float = np.inf) -> dict[str, float]:
     """Shape statistics of one tree.
 
     Args:
-        smallest: mm; only branches at least this thick (and their bifurcations) are measured.
+        smallest, largest: mm; only branches of these diameters (and their bifurcations) are measured.
     """
     table = branch_table(graph)
-    use = (table.diameter >= smallest) & (table.length > 0.5)
+    use = (table.diameter >= smallest) & (table.diameter <= largest) & (table.length > 0.5)
     child = use & (table.parent >= 0)
     child &= np.where(table.parent >= 0, use[np.maximum(table.parent, 0)], False)
     up = table.parent[child]
@@ -232,12 +254,12 @@ def _minor_major(table: BranchTable, use: np.ndarray) -> float:
 
 
 def _strahler_ratios(table: BranchTable, use: np.ndarray) -> dict[str, float]:
-    """Slopes of count, diameter and length over Strahler order (orders with at least three branches)."""
-    orders = [o for o in range(1, int(table.order.max()) + 1) if (use & (table.order == o)).sum() >= 3]
-    if len(orders) < 3:
-        return {}
+    """Slopes of count, diameter and length over Strahler order (orders with at least three vessels)."""
     # branches in series of one order count as one vessel
     head = np.where(table.parent >= 0, table.order[np.maximum(table.parent, 0)] != table.order, True)
+    orders = [o for o in range(1, int(table.order.max()) + 1) if (use & head & (table.order == o)).sum() >= 3]
+    if len(orders) < 3:
+        return {}
     count = [(use & head & (table.order == o)).sum() for o in orders]
     series = [table.length[use & (table.order == o)].sum() / c for o, c in zip(orders, count, strict=True)]
     diameter = [table.diameter[use & (table.order == o)].mean() for o in orders]
@@ -383,22 +405,50 @@ def _subset(graph: TreeGraph, keep: np.ndarray) -> TreeGraph:
     number = np.cumsum(keep) - 1
     parent = graph.parent[keep]
     parent = np.where(parent >= 0, number[np.maximum(parent, 0)], -1)
-    return TreeGraph(
-        graph.points[keep], graph.radius[keep], parent, graph.segment[keep], generations(parent)
-    )
+    return TreeGraph(graph.points[keep], graph.radius[keep], parent, graph.segment[keep], generations(parent))
+
+
+#: Diameters in mm at which generated and real trees are compared: what the masks show fully, without the hilum.
+AIRWAY_RANGE = (2.0, 30.0)
+VESSEL_RANGE = (2.0, 8.0)
+
+#: What is compared with real masks.
+COMPARED: dict[str, str] = {
+    "branches": "branches",
+    "total length": "total length, mm",
+    "length": "branch length, mm",
+    "length/diameter": "length / diameter",
+    "angle": "branching angle, degrees",
+    "child/parent diameter": "child / parent diameter",
+    "minor/major diameter": "minor / major child diameter",
+}
 
 
 def real_statistics(folder: Path) -> dict[str, list[float]]:
-    """Statistics of the real masks (``bronchialTree``, ``vessels``) of each patient folder."""
+    """Statistics of the real masks of each patient: ``bronchialTree``, and ``vessels`` (artery and vein together)."""
     result: dict[str, list[float]] = {}
     for patient in sorted(folder.iterdir()):
-        for name, file, smallest in (("airway", "bronchialTree", 1.2), ("vessel", "vessels", 1.2)):
+        for name, file, limits in (("airway", "bronchialTree", AIRWAY_RANGE), ("vessels", "vessels", VESSEL_RANGE)):
             image = sitk.DICOMOrient(sitk.ReadImage(str(patient / f"{file}.nii.gz")), "LPS")
             x, y, z = image.GetSpacing()
             tree = mask_to_tree(sitk.GetArrayFromImage(image) > 0, (z, y, x), top_root=name == "airway")
-            for key, value in tree_statistics(tree, smallest).items():
-                result.setdefault(f"{name}.{key}", []).append(value)
+            _add(result, name, tree_statistics(tree, *limits))
     return result
+
+
+def comparable_statistics(trees: LungTrees) -> dict[str, float]:
+    """The same of generated trees; counts and lengths of artery and vein are added, the rest is averaged."""
+    result = {f"airway.{key}": value for key, value in tree_statistics(trees.airway, *AIRWAY_RANGE).items()}
+    artery, vein = (tree_statistics(graph, *VESSEL_RANGE) for graph in (trees.artery, trees.vein))
+    for key in COMPARED:
+        total = artery[key] + vein[key]
+        result[f"vessels.{key}"] = total if key in ("branches", "total length") else total / 2
+    return result
+
+
+def _add(result: dict[str, list[float]], name: str, values: dict[str, float]) -> None:
+    for key, value in values.items():
+        result.setdefault(f"{name}.{key}", []).append(value)
 
 
 # --- table -----------------------------------------------------------------------------------------------------------
@@ -409,17 +459,31 @@ def _mean(values: list[float]) -> str:
     return f"{np.mean(known):.3g} +- {np.std(known):.2g}" if known else "-"
 
 
-def table(generated: dict[str, list[float]], real: dict[str, list[float]]) -> str:
-    """Markdown table: generated, literature, real."""
-    rows = ["| what | generated | literature | source | real masks |", "|---|---|---|---|---|"]
+def literature_table(generated: dict[str, list[float]]) -> str:
+    """Markdown table: generated beside literature, then volume shares."""
+    rows = ["| what | generated | literature | source |", "|---|---|---|---|"]
     for key, value in LITERATURE.items():
-        vessel = key.replace("artery.", "vessel.").replace("vein.", "vessel.")
-        measured = real.get(vessel, [])
-        rows.append(
-            f"| {value.label} | {_mean(generated.get(key, []))} | {value.value} | {value.source} | {_mean(measured)} |"
-        )
+        rows.append(f"| {value.label} | {_mean(generated.get(key, []))} | {value.value} | {value.source} |")
     for key in sorted(k for k in generated if k.startswith("share ")):
-        rows.append(f"| {key.replace('share', 'volume share')} | {_mean(generated[key])} | | | |")
+        known = LOBE_SHARE.get(key.removeprefix("share "), "")
+        rows.append(f"| volume {key} | {_mean(generated[key])} | {known} | {'Yamada 2020' if known else ''} |")
+    return "\n".join(rows)
+
+
+def real_table(generated: dict[str, list[float]], real: dict[str, list[float]]) -> str:
+    """Markdown table: generated beside real masks, at equal diameters."""
+    rows = [f"| diameters {AIRWAY_RANGE} and {VESSEL_RANGE} mm | generated | real masks |", "|---|---|---|"]
+    for name in ("airway", "vessels"):
+        for key, label in COMPARED.items():
+            values = generated.get(f"{name}.{key}", []), real.get(f"{name}.{key}", [])
+            rows.append(f"| {name}: {label} | {_mean(values[0])} | {_mean(values[1])} |")
+        if name == "airway":
+            rows += [
+                f"| airway: {what} of generation {n} | {_mean(generated[f'airway.{key} {n}'])} "
+                f"| {_mean(real.get(f'airway.{key} {n}', []))} |"
+                for key, what in (("count", "number"), ("diameter", "diameter, mm,"))
+                for n in range(1, 7)
+            ]
     return "\n".join(rows)
 
 
@@ -434,17 +498,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--trees", type=Path, default=data / "shapes" / "trees")
     options = parser.parse_args(arguments)
     generated: dict[str, list[float]] = {}
+    comparable: dict[str, list[float]] = {}
     for seed in range(options.patients):
         thorax = make_thorax(seed, options.spacing)
-        for key, value in statistics(grow_trees(thorax, seed, shifted=options.shifted), thorax).items():
-            generated.setdefault(key, []).append(value)
-    real: dict[str, list[float]] = {}
+        trees = grow_trees(thorax, seed, shifted=options.shifted)
+        for result, values in ((generated, statistics(trees, thorax)), (comparable, comparable_statistics(trees))):
+            for key, value in values.items():
+                result.setdefault(key, []).append(value)
+    print(literature_table(generated) + "\n")
     if options.trees.is_dir():
-        real = real_statistics(options.trees)
+        print(real_table(comparable, real_statistics(options.trees)))
     else:
-        print(f"Real trees are left out: there is no folder {options.trees}; name it with --trees.\n")
-    print(table(generated, real))
+        print(f"Real trees are left out: there is no folder {options.trees}; name it with --trees.")
     print("\n" + "\n".join(f"* {name}: {text}" for name, text in REFERENCES.items()))
+    print("\nQuoted, not looked up again: " + ", ".join(sorted(QUOTED)) + ".")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ class LobeMap:
     size: np.ndarray
 
     def on(self, grid: Grid, smooth: float) -> np.ndarray:
-        """uint8 lobe codes on a grid: each lobe interpolated linearly, rounded over ``smooth`` mm, the strongest wins."""
+        """uint8 lobe codes on a grid: lobes interpolated linearly, rounded over ``smooth`` mm; the strongest wins."""
         best, inside = np.zeros(grid.shape, np.float32), np.zeros(grid.shape, np.float32)
         codes = np.zeros(grid.shape, np.uint8)
         for lobe in range(1, 6):
@@ -78,7 +78,9 @@ class LobeMap:
         return box, values
 
 
-def read_lobe_map(array: np.ndarray, spacing: tuple[float, float, float], origin: tuple[float, float, float]) -> LobeMap:
+def read_lobe_map(
+    array: np.ndarray, spacing: tuple[float, float, float], origin: tuple[float, float, float]
+) -> LobeMap:
     """Decode a lobe map.
 
     Args:
@@ -142,7 +144,7 @@ class Measured:
         return np.concatenate(points)
 
     def hila(self) -> np.ndarray:
-        """(2, 3) points where the main bronchi enter: the deepest bay of the medial surfaces near the expected place."""
+        """(2, 3) points where the main bronchi enter: the deepest bay of each medial surface near the usual place."""
         x, y, z = self.rough.points()
         depth, height = self.shape.size[1:]
         found = []
@@ -185,7 +187,9 @@ class Measured:
         width, depth, height = self.shape.size
         top = min(d.top for d in self.shape.domes)
         lung = self.codes > 0
-        between = np.maximum.accumulate(lung, axis=2) & np.maximum.accumulate(lung[:, :, ::-1], axis=2)[:, :, ::-1] & ~lung
+        between = (
+            np.maximum.accumulate(lung, axis=2) & np.maximum.accumulate(lung[:, :, ::-1], axis=2)[:, :, ::-1] & ~lung
+        )
         room = between & (y < 0.68 * depth) & (z > top) & (z < top + 0.30 * height)
         # roots and great vessels lie near the midline: what bulges beside it is heart
         bulge = between & (y < 0.68 * depth) & (np.abs(x) > 25) & (z > top - 10) & (z < 0.6 * height)
@@ -267,19 +271,24 @@ def fissures_of_lobes(
     kind = _borders(lobes)
     distance = np.full(lobes.shape, 12, np.float32)
     complete = np.zeros(lobes.shape, np.uint8)
-    low, high = np.array(grid.origin), grid.to_point(np.array(grid.shape))
     coarse = grid.coarse(4.0)
-    noise = upsample(0.12 * SmoothNoise(rng, low, high, 40.0).on(coarse), coarse, grid)
+    noise = upsample(0.12 * SmoothNoise.around(rng, grid, 40.0).on(coarse), coarse, grid)
     x, y, z = grid.points()
     for side, first, last in ((0, 1, 3), (1, 4, 5)):
         lung = (lobes >= first) & (lobes <= last)
-        box = tuple(slice(n[0], n[-1] + 1) for n in (np.flatnonzero(lung.any(axis=a)) for a in ((1, 2), (0, 2), (0, 1))))
+        box = tuple(
+            slice(n[0], n[-1] + 1) for n in (np.flatnonzero(lung.any(axis=a)) for a in ((1, 2), (0, 2), (0, 1)))
+        )
         part, inside = kind[box], lung[box]
         if not part[inside].any():
             continue
         away, nearest = ndimage.distance_transform_edt((part == 0) | ~inside, grid.spacing, return_indices=True)
         reached = np.where(part[tuple(nearest)] == 2, reach[2], reach[side])
-        d2 = (x[..., box[2]] - hila[side, 0]) ** 2 + (y[:, box[1]] - hila[side, 1]) ** 2 + (z[box[0]] - hila[side, 2]) ** 2
+        d2 = (
+            (x[..., box[2]] - hila[side, 0]) ** 2
+            + (y[:, box[1]] - hila[side, 1]) ** 2
+            + (z[box[0]] - hila[side, 2]) ** 2
+        )
         width = (box[2].stop - box[2].start) * grid.spacing * 1.1
         whole = np.sqrt(d2) / width + noise[box] >= reached
         distance[box][inside] = np.minimum(away[inside] + grid.spacing / 2, 12)

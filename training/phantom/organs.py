@@ -230,14 +230,23 @@ def _arteries(rng: np.random.Generator, shape: ChestShape, spine: Spine, media: 
     over = height + 6
     neck = media.landmarks["trachea_top"]
     fork = np.array([-15, y - 6, 0.45 * z + 0.55 * height])
+    half = width / 2
     branches = [
         ([(-5, y - 10, z - 2), (-11, y - 9, z + 12), fork], 6.5),
         ([fork, (-24, neck[1] + 4, height + 10), (-27, neck[1], height + 70)], 4.0),
-        ([fork, (-0.22 * width / 2, y, over - 8), (-0.42 * width / 2, y - 4, over), (-0.8 * width / 2, y, over - 10)], 4.5),
+        ([fork, (-0.22 * half, y, over - 8), (-0.42 * half, y - 4, over), (-0.8 * half, y, over - 10)], 4.5),
         ([(6, y, z), (14, y - 2, z + 20), (24, neck[1] + 4, height + 10), (27, neck[1], height + 70)], 4.0),
-        ([(14, y + 8, z - 2), (20, y + 8, z + 20), (0.22 * width / 2, y + 2, over - 8), (0.42 * width / 2, y - 2, over),
-          (0.8 * width / 2, y, over - 10)], 4.8),
-    ]  # fmt: skip
+        (
+            [
+                (14, y + 8, z - 2),
+                (20, y + 8, z + 20),
+                (0.22 * half, y + 2, over - 8),
+                (0.42 * half, y - 2, over),
+                (0.8 * half, y, over - 10),
+            ],
+            4.8,
+        ),
+    ]
     for points, radius in branches:
         media.tubes.append(("GREAT_VESSEL", spline(np.array(points), radius * rng.uniform(0.9, 1.15))))
 
@@ -249,23 +258,39 @@ def _veins(rng: np.random.Generator, shape: ChestShape, spine: Spine, media: Med
     upper = [atrium + [8, 2, 18], (-24, carina[1] - 32, carina[2] - 12), join]
     media.tubes.append(("VENA_CAVA", spline(np.array(upper), rng.uniform(8.5, 10.5))))
     over, half = height, width / 2
-    right = [join, (-28, join[1] + 2, join[2] + 26), (-0.26 * half, join[1] + 14, over - 10), (-0.5 * half, join[1] + 8, over - 8)]
+    right = [
+        join,
+        (-28, join[1] + 2, join[2] + 26),
+        (-0.26 * half, join[1] + 14, over - 10),
+        (-0.5 * half, join[1] + 8, over - 8),
+    ]
     left = [join, (0, join[1] - 9, join[2] + 9), (24, join[1] - 2, join[2] + 25), (0.28 * half, join[1] + 13, over - 8),
             (0.5 * half, join[1] + 9, over - 8)]  # fmt: skip
     for points in (right, left):
         media.tubes.append(("BRACHIOCEPHALIC_VEIN", spline(np.array(points), rng.uniform(5.5, 7.5))))
-    lower = [atrium + [4, 4, -16], (-24, atrium[1] + 12, atrium[2] - 45), (-22, atrium[1] + 22, -0.02 * height), (-20, atrium[1] + 26, -60)]
+    lower = [
+        atrium + [4, 4, -16],
+        (-24, atrium[1] + 12, atrium[2] - 45),
+        (-22, atrium[1] + 22, -0.02 * height),
+        (-20, atrium[1] + 26, -60),
+    ]
     media.tubes.append(("VENA_CAVA", spline(np.array(lower), rng.uniform(10, 13))))
     azygos = [(6, -spine.radius - 3, z) for z in (-30, 0.15 * height, 0.4 * height, carina[2] - 6)]
     points = [(-x, spine.center(z) + dy, z) for x, dy, z in azygos]
-    points += [(-18, carina[1] + 8, carina[2] + 14), (-23, carina[1] - 14, carina[2] + 16), (-23, carina[1] - 34, carina[2] + 8)]
+    points += [
+        (-18, carina[1] + 8, carina[2] + 14),
+        (-23, carina[1] - 14, carina[2] + 16),
+        (-23, carina[1] - 34, carina[2] + 8),
+    ]
     media.tubes.append(("VENA_CAVA", spline(np.array(points, float), rng.uniform(3, 4.5))))
 
 
 def _esophagus(rng: np.random.Generator, shape: ChestShape, spine: Spine, media: Mediastinum) -> None:
     height = shape.size[2]
     carina = media.landmarks["carina"]
-    heights = np.array([height + 60, height, carina[2] + 30, carina[2], 0.45 * height, 0.28 * height, 0.12 * height, -20])
+    heights = np.array(
+        [height + 60, height, carina[2] + 30, carina[2], 0.45 * height, 0.28 * height, 0.12 * height, -20]
+    )
     offset = np.array([6, 6, 6, 7, 9, 10, 16, 26])
     x = np.array([2, 3, 4, 5, 3, 6, 12, 30]) + rng.normal(0, 1.5)
     tube = spline(np.stack([x, spine.center(heights) - spine.radius - offset, heights], 1), rng.uniform(6, 8))
@@ -336,7 +361,9 @@ RIB_BONE = np.array([0.74, 0.78, 0.79, 0.79, 0.77, 0.74, 0.70, 0.66, 0.62, 0.60,
 CARTILAGE_RISE = np.array([2, 0, 4, 12, 24, 40, 52, 52, 44, 36, 0, 0])
 
 
-def _rib(rng: np.random.Generator, n: int, side: int, shape: ChestShape, wall: Wall, spine: Spine, slope: float) -> list[Bone]:
+def _rib(
+    rng: np.random.Generator, n: int, side: int, shape: ChestShape, wall: Wall, spine: Spine, slope: float
+) -> list[Bone]:
     scale = shape.size[2] / 274
     level = spine.levels[n] + rng.normal(0, 0.8)
     t = np.linspace(0.07, RIB_END[n], 60)
@@ -393,7 +420,13 @@ def _scapula(rng: np.random.Generator, side: int, shape: ChestShape, wall: Wall)
         return points
 
     bones = [
-        Bone(Tube(line(corner, (upper[0] + (neck[0] - upper[0]) * t, upper[1] + (neck[1] - upper[1]) * t), 17, 3), np.full(14, 1.9)), 1.2)
+        Bone(
+            Tube(
+                line(corner, (upper[0] + (neck[0] - upper[0]) * t, upper[1] + (neck[1] - upper[1]) * t), 17, 3),
+                np.full(14, 1.9),
+            ),
+            1.2,
+        )
         for t in np.linspace(0, 1, 28)
     ]
     bones.append(Bone(Tube(line(corner, neck, 17, 3), np.linspace(3.2, 5.0, 14)), 1.3))

@@ -35,14 +35,9 @@ class Scene:
     warp: Warp
     fields: dict[str, np.ndarray]
 
-    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """LPS corners of the coarse grid."""
-        coarse = self.warp.grid
-        return np.array(coarse.origin), coarse.to_point(np.array(coarse.shape))
-
     def noise(self, rng: np.random.Generator, wavelength: float) -> np.ndarray:
         """A smooth random field of unit deviation on the coarse grid."""
-        return SmoothNoise(rng, *self.bounds(), wavelength).on(self.warp.grid)
+        return SmoothNoise.around(rng, self.warp.grid, wavelength).on(self.warp.grid)
 
 
 def _allow(*codes: int) -> np.ndarray:
@@ -51,7 +46,9 @@ def _allow(*codes: int) -> np.ndarray:
     return mask
 
 
-def _put(organs: np.ndarray, box: tuple[slice, slice, slice], inside: np.ndarray, code: int, allowed: np.ndarray) -> None:
+def _put(
+    organs: np.ndarray, box: tuple[slice, slice, slice], inside: np.ndarray, code: int, allowed: np.ndarray
+) -> None:
     part = organs[box]
     part[inside & allowed[part]] = code
 
@@ -141,9 +138,9 @@ def _vessels(organs: np.ndarray, grid: Grid, media: Mediastinum) -> None:
 
 
 def _abdomen(rng: np.random.Generator, organs: np.ndarray, grid: Grid, scene: Scene) -> None:
-    """Liver, stomach with gas, spleen and sometimes the left colon under the diaphragm."""
+    """Liver, stomach with gas, spleen, sometimes the left colon, and deeper down loops of bowel."""
     shape, coarse = scene.shape, scene.warp.grid
-    (width, depth, height), fields = shape.size, scene.fields
+    (width, depth, _), fields = shape.size, scene.fields
     x, y, z = coarse.points()
     inside = np.minimum(-fields["floor"] - 3, fields["inner"] - 4)
     top = shape.domes[1].top
@@ -163,6 +160,12 @@ def _abdomen(rng: np.random.Generator, organs: np.ndarray, grid: Grid, scene: Sc
             gas = (value > 3) & (grid.points()[1] < gas_line)
             _put(organs, lower, gas, Organ.BOWEL_GAS, _allow(Organ.STOMACH))
     _colon(rng, organs, grid, scene)
+    bowel = np.minimum(inside - 8, 12 * (scene.noise(rng, 45.0) - 0.2))
+    deep = fields["floor"] + rng.uniform(55, 80) + 0 * z
+    bowel = upsample(np.minimum(bowel, -deep), coarse, grid, lower)
+    _put(organs, lower, bowel > 0, Organ.STOMACH, _allow(Organ.FAT))
+    if rng.random() < 0.3:
+        _put(organs, lower, bowel > 9, Organ.BOWEL_GAS, _allow(Organ.STOMACH))
 
 
 def _round(rng: np.random.Generator, center: list[float], radii: list[float]) -> Ellipsoid:
@@ -186,7 +189,11 @@ def _colon(rng: np.random.Generator, organs: np.ndarray, grid: Grid, scene: Scen
         return
     width, depth, _ = scene.shape.size
     z = scene.shape.domes[1].top - rng.uniform(45, 75)
-    points = [[0.35 * width / 2, 0.2 * depth, z - 20], [0.6 * width / 2, 0.3 * depth, z], [0.72 * width / 2, 0.45 * depth, z - 25]]
+    points = [
+        [0.35 * width / 2, 0.2 * depth, z - 20],
+        [0.6 * width / 2, 0.3 * depth, z],
+        [0.72 * width / 2, 0.45 * depth, z - 25],
+    ]
     tube = spline(np.array(points), rng.uniform(12, 20))
     paint_tube(organs, grid, tube, Organ.STOMACH, Organ.BOWEL_GAS, _allow(Organ.FAT, Organ.STOMACH), 2.0)
 
@@ -217,7 +224,9 @@ def _breasts(rng: np.random.Generator, organs: np.ndarray, grid: Grid, scene: Sc
     for side in (-1, 1):
         angle = side * (np.pi - 0.58)
         z = np.array([0.47 * scene.shape.size[2]])
-        skin = float(np.interp(z[0], scene.wall.heights, scene.wall.body[:, int(round((np.pi - 0.58) / (2 * np.pi) * 96))]))
+        skin = float(
+            np.interp(z[0], scene.wall.heights, scene.wall.body[:, int(round((np.pi - 0.58) / (2 * np.pi) * 96))])
+        )
         center = scene.wall.point(np.array([angle]), z)[0]
         radius = np.hypot(center[0], center[1] - scene.wall.center)
         direction = np.array([np.sin(angle), np.cos(angle), 0])
@@ -251,7 +260,9 @@ def _spine(organs: np.ndarray, grid: Grid, scene: Scene) -> None:
     behind = np.stack([0 * z, radius, 0 * z], 1)
     arch = Tube(body + behind + [0, 8, 0], np.full(len(z), 12.0))
     paint_tube(organs, grid, arch, Organ.BONE_CORTEX, Organ.BONE_MARROW, soft, 1.5)
-    for level in np.concatenate([spine.levels[0] + step * np.arange(4, 0, -1), spine.levels, spine.levels[-1] - step * np.arange(1, 4)]):
+    for level in np.concatenate(
+        [spine.levels[0] + step * np.arange(4, 0, -1), spine.levels, spine.levels[-1] - step * np.arange(1, 4)]
+    ):
         _vertebral_processes(organs, grid, scene, level, soft)
     canal = Tube(body + behind + [0, 6, 0], np.full(len(z), 8.0))
     paint_tube(organs, grid, canal, Organ.SPINAL_CANAL, Organ.SPINAL_CANAL, bone)

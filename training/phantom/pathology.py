@@ -43,7 +43,9 @@ Spheres = tuple[tuple[float, float, float, float], ...]
 class Pathology(Protocol):
     """One disease of a patient."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What its mask is called."""
 
     def paint(self, canvas: Canvas) -> None:
         """Change labels and HU in place and mark where it lies."""
@@ -524,13 +526,22 @@ class _Sampler:
 
     def nodes(self) -> list[Pathology]:
         fat = self.organ(Organ.MEDIASTINAL_FAT)
+        central = self._central(fat)
         found: list[Pathology] = []
         for _ in range(int(self.rng.integers(1, 9)) if len(fat) else 0):
+            place = central if len(central) and self.rng.random() < 0.75 else fat
             short = float(self.rng.uniform(3, 9))
             a, b, c = short * self.rng.uniform([1, 1, 1], [1.6, 1.3, 1.9])
             calcified = bool(self.rng.random() < 0.1)
-            found.append(LymphNode(_point(self.point(fat)), (float(a), float(b), float(c)), self.seed(), calcified))
+            found.append(LymphNode(_point(self.point(place)), (float(a), float(b), float(c)), self.seed(), calcified))
         return found
+
+    def _central(self, voxels: np.ndarray) -> np.ndarray:
+        """Voxels (N, 3) within 40 mm of the carina or a hilum, where the nodal stations are."""
+        marks = [self.thorax.landmarks.get(name) for name in ("carina", "hilum_right", "hilum_left")]
+        points = np.asarray(self.frame.origin) + voxels[:, ::-1] * self.frame.step
+        near = [np.linalg.norm(points - mark, axis=1) < 40 for mark in marks if mark is not None]
+        return voxels[np.any(near, axis=0)] if near else voxels[:0]
 
     def emphysema(self) -> list[Pathology]:
         low, high = self.span(2)
@@ -588,7 +599,8 @@ class _Sampler:
         return found
 
     def calcium(self) -> list[Pathology]:
-        rng, found = self.rng, []
+        rng = self.rng
+        found: list[Pathology] = []
         heart, aorta = self.organ(Organ.MYOCARDIUM), self._aortic_wall()
         density = float(rng.uniform(250, 900))
         for voxels, organs in ((heart, (Organ.MYOCARDIUM,)), (aorta, (Organ.AORTA, Organ.MEDIASTINAL_FAT))):
@@ -597,7 +609,7 @@ class _Sampler:
                 found.append(Calcification(specks, tuple(int(organ) for organ in organs), density))
         granulomas = self._spheres(self.lung, int(rng.integers(0, 4)), 1, 2.5)
         found.append(Calcification(granulomas, tuple(range(LUNG_CODE, LUNG_CODE + 19)), density))
-        return list(found)
+        return found
 
     def _aortic_wall(self) -> np.ndarray:
         """Voxels (N, 3) of the aorta beside something else."""

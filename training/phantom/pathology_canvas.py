@@ -157,14 +157,15 @@ class DepthMap:
         small = lung[::stride, ::stride, ::stride]
         x, y, z = (step * stride for step in frame.step)
         depth = ndimage.distance_transform_edt(small, sampling=(z, y, x)).astype(np.float32)
+        depth = ndimage.gaussian_filter(depth, 0.8)
         k, j, i = small.shape
         return cls(depth, Frame(frame.origin, (x, y, z), (k, j, i)))
 
     def at(self, frame: Frame) -> np.ndarray:
         """Depth on another grid, float32 [k, j, i]."""
         out = np.zeros(frame.shape, np.float32)
-        place = [np.asarray(values) for values in (frame.origin, frame.step, self.frame.origin, self.frame.step)]
-        _trilinear(self.depth, *place, out)
+        target, own = (np.asarray([f.origin, f.step]) for f in (frame, self.frame))
+        _trilinear(self.depth, target[0], target[1], own[0], own[1], out)
         return out
 
 

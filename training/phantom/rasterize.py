@@ -100,24 +100,28 @@ def _ramp(radius, distance, extent):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, fastmath=True)
+def _range(start, end, reach, step, size):  # type: ignore[no-untyped-def]
+    """First and last voxel that a piece's coverage can touch along an axis."""
+    low = int(np.ceil((min(start, end) - reach) / step - 1))
+    high = int(np.floor((max(start, end) + reach) / step + 1))
+    return max(0, low), min(size - 1, high)
+
+
+@njit(cache=True, fastmath=True)
 def _paint(points, radius, start, parent, wall, shown, origin, step, lumen, outer, touched, walled):  # type: ignore[no-untyped-def]
     nk, nj, ni = lumen.shape
-    sx, sy, sz = step[0], step[1], step[2]
+    sx, sy, sz, mean = step[0], step[1], step[2], step.mean()
     for n in range(len(points)):
         p = parent[n] if parent[n] >= 0 else n
         ax, ay, az = points[p, 0] - origin[0], points[p, 1] - origin[1], points[p, 2] - origin[2]
         dx, dy, dz = points[n, 0] - points[p, 0], points[n, 1] - points[p, 1], points[n, 2] - points[p, 2]
         r0, r1 = start[n], radius[n]
         reach = max(r0, r1) + wall[n]
-        i0 = max(0, int(np.ceil((min(ax, ax + dx) - reach) / sx - 1)))
-        i1 = min(ni - 1, int(np.floor((max(ax, ax + dx) + reach) / sx + 1)))
-        j0 = max(0, int(np.ceil((min(ay, ay + dy) - reach) / sy - 1)))
-        j1 = min(nj - 1, int(np.floor((max(ay, ay + dy) + reach) / sy + 1)))
-        k0 = max(0, int(np.ceil((min(az, az + dz) - reach) / sz - 1)))
-        k1 = min(nk - 1, int(np.floor((max(az, az + dz) + reach) / sz + 1)))
+        i0, i1 = _range(ax, ax + dx, reach, sx, ni)
+        j0, j1 = _range(ay, ay + dy, reach, sy, nj)
+        k0, k1 = _range(az, az + dz, reach, sz, nk)
         length2 = dx * dx + dy * dy + dz * dz
         inverse = 1.0 / length2 if length2 > 0 else 0.0
-        mean = (sx + sy + sz) / 3.0
         for k in range(k0, k1 + 1):
             pz = k * sz - az
             for j in range(j0, j1 + 1):

@@ -33,8 +33,9 @@ VERSION = "1"
 
 Box = tuple[np.ndarray, np.ndarray]
 
-#: Smallest diameter a scan shows, in its resolution cells: a vessel is bright in dark lung, an airway's wall hides it.
-_VISIBLE = {Tree.AIRWAY: 1.1, Tree.ARTERY: 0.7, Tree.VEIN: 0.7}
+#: Smallest diameter a scan shows, in its resolution cells: a vessel is bright in dark lung; the blurred wall of a small
+#: airway outweighs its lumen and makes it look like a vessel.
+_VISIBLE = {Tree.AIRWAY: 1.4, Tree.ARTERY: 0.7, Tree.VEIN: 0.7}
 
 _COARSE = 8.0
 
@@ -454,17 +455,20 @@ def _draw(rendered: Rendered, frame: Frame) -> np.ndarray:
     """float32 HU of organs, diseases and trees on a grid, without any acquisition."""
     patient, tissue, contrast = rendered.patient, rendered._look, rendered.scan.contrast
     canvas = _anatomy(patient, frame, tissue, contrast)
+    if frame == rendered.frame:
+        rendered._labels = canvas  # the same grid: the labels need no second sampling
     covers = rendered._covers if frame == rendered.frame else _covers(patient, frame, rendered._shown)
     if canvas.erased.any():
         for cover in covers.values():
             cover.lumen[canvas.erased] = 0
             cover.outer[canvas.erased] = 0
     dye = tissue.blood + contrast.pulmonary_artery, tissue.blood + contrast.pulmonary_vein
-    values = np.array([-990.0, tissue.wall, *dye], np.float32)
+    values = np.array([tissue.means[Organ.AIR] + 8, tissue.wall, *dye], np.float32)
     airway, artery, vein = (covers[tree] for tree in (Tree.AIRWAY, Tree.ARTERY, Tree.VEIN))
-    assert canvas.hu is not None
-    _compose(canvas.hu, airway.lumen, airway.outer, artery.lumen, vein.lumen, values)
-    return canvas.hu
+    hu, canvas.hu = canvas.hu, None
+    assert hu is not None
+    _compose(hu, airway.lumen, airway.outer, artery.lumen, vein.lumen, values)
+    return hu
 
 
 @njit(cache=True, fastmath=True)

@@ -142,47 +142,23 @@ def _vote(codes, uniform, field, bk, wk, bj, wj, bi, wi, means, slope, labels, h
     nk, nj, ni = codes.shape
     total = np.zeros(_CODES, np.float32)
     seen = np.zeros(64, np.uint8)
+    air = np.uint8(0)
     for k in range(labels.shape[0]):
+        z = min(max(bk[k], 0), nk - 1)
         for j in range(labels.shape[1]):
-            y = bj[j]
+            y = min(max(bj[j], 0), nj - 1)
+            beyond = bj[j] < -1 or bj[j] >= nj
             for i in range(labels.shape[2]):
-                x, z = bi[i], bk[k]
-                if x < -1 or y < -1 or x >= ni or y >= nj:
-                    labels[k, j, i] = 0
-                    if want_hu:
-                        hu[k, j, i] = means[0]
-                    continue
-                zc, yc, xc = min(max(z, 0), nk - 1), min(max(y, 0), nj - 1), min(max(x, 0), ni - 1)
-                if uniform[zc, yc, xc]:
-                    code = codes[zc, yc, xc]
+                x = min(max(bi[i], 0), ni - 1)
+                outside = beyond or bi[i] < -1 or bi[i] >= ni
+                if outside or uniform[z, y, x]:
+                    code = air if outside else codes[z, y, x]
                     labels[k, j, i] = code
                     if want_hu:
                         hu[k, j, i] = means[code]
                     continue
-                count = 0
-                mix, lung, level = np.float32(0.0), np.float32(0.0), np.float32(0.0)
-                for dz in range(4):
-                    z = min(max(bk[k] + dz - 1, 0), nk - 1)
-                    for dy in range(4):
-                        yy = min(max(y + dy - 1, 0), nj - 1)
-                        wzy = wk[k, dz] * wj[j, dy]
-                        if wzy <= 0:
-                            continue
-                        for dx in range(4):
-                            w = wzy * wi[i, dx]
-                            if w <= 0:
-                                continue
-                            xx = min(max(x + dx - 1, 0), ni - 1)
-                            code = codes[z, yy, xx]
-                            if total[code] == 0:
-                                seen[count] = code
-                                count += 1
-                            total[code] += w
-                            level += w * field[z, yy, xx]
-                            if code >= LUNG_CODE:
-                                lung += w
-                            else:
-                                mix += w * means[code]
+                corner = bk[k], bj[j], bi[i]
+                count, mix, lung, level = _gather(codes, field, corner, wk[k], wj[j], wi[i], means, total, seen)
                 # The field's distance from one half, in voxels of the target, is the depth below the lung's surface.
                 cover = np.float32(0.5) + (level / np.float32(255) - np.float32(0.5)) * slope
                 cover = min(np.float32(1), max(np.float32(0), cover))
@@ -192,9 +168,43 @@ def _vote(codes, uniform, field, bk, wk, bj, wj, bi, wi, means, slope, labels, h
                     cover = np.float32(1)
                 labels[k, j, i] = _winner(total, seen, count, cover >= 0.5)
                 if want_hu:
-                    if cover < 1:
-                        mix = mix * (1 - cover) / (1 - lung)
-                    hu[k, j, i] = cover * means[LUNG_CODE] + (mix if cover < 1 else 0)
+                    rest = mix * (1 - cover) / (1 - lung) if cover < 1 else np.float32(0)
+                    hu[k, j, i] = cover * means[LUNG_CODE] + rest
+
+
+@njit(cache=True, fastmath=True)
+def _gather(codes, field, corner, wk, wj, wi, means, total, seen):  # type: ignore[no-untyped-def]
+    """Weigh the 64 voxels around a position into ``total`` by class.
+
+    Returns:
+        number of classes in ``seen``, weighted HU of the organs, weight of lung, weighted lung field.
+    """
+    nk, nj, ni = codes.shape
+    count = 0
+    mix, lung, level = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+    for dz in range(4):
+        z = min(max(corner[0] + dz - 1, 0), nk - 1)
+        for dy in range(4):
+            y = min(max(corner[1] + dy - 1, 0), nj - 1)
+            row = wk[dz] * wj[dy]
+            if row <= 0:
+                continue
+            for dx in range(4):
+                weight = row * wi[dx]
+                if weight <= 0:
+                    continue
+                x = min(max(corner[2] + dx - 1, 0), ni - 1)
+                code = codes[z, y, x]
+                if total[code] == 0:
+                    seen[count] = code
+                    count += 1
+                total[code] += weight
+                level += weight * field[z, y, x]
+                if code >= LUNG_CODE:
+                    lung += weight
+                else:
+                    mix += weight * means[code]
+    return count, mix, lung, level
 
 
 @njit(cache=True)

@@ -126,7 +126,7 @@ class Tissue:
             means[organ], texture[organ] = rng.uniform(-1024, -960), 0.0
         means[Organ.TABLE] = rng.uniform(-900, 100)
         lung = float(rng.uniform(-940, -600))
-        means[LUNG_CODE:] = lung + rng.normal(0, 15, 64 - LUNG_CODE) * (rng.random() < 0.3)
+        means[LUNG_CODE:] = lung
         texture[LUNG_CODE:], grain[LUNG_CODE:] = rng.uniform(5, 60), np.exp(rng.uniform(np.log(0.7), np.log(4)))
         blood = float(rng.uniform(-100, 250))
         return replace(
@@ -262,24 +262,26 @@ def _fissures(hu, labels, distance, complete, origin, step, source, spacing, thi
                 ic = int(np.floor(x))
                 if ic < 0 or ic >= ni - 1 or distance[kc, jc, ic] > limit:
                     continue
-                w, v, u = z - kc, y - jc, x - ic
-                near = complete[kc + int(w + 0.5), jc + int(v + 0.5), ic + int(u + 0.5)]
-                if near < 128:
-                    continue
-                total, value = 0.0, 0.0
-                for c in range(8):
-                    a, b, d = c >> 2, (c >> 1) & 1, c & 1
-                    here = complete[kc + a, jc + b, ic + d]
-                    lobe = here & 127
-                    if lobe == 0:
-                        continue
-                    weight = (w if a else 1 - w) * (v if b else 1 - v) * (u if d else 1 - u)
-                    sign = 1.0 if lobe == (near & 127) else -1.0
-                    value += weight * sign * distance[kc + a, jc + b, ic + d]
-                    total += weight
-                if total <= 0:
-                    continue
-                d0 = abs(value / total) / 20.0
+                d0 = _sheet_distance(distance, complete, kc, jc, ic, z - kc, y - jc, x - ic)
                 cover = min(d0 + thickness / 2, extent / 2) - max(d0 - thickness / 2, -extent / 2)
                 if cover > 0:
                     hu[k, j, i] += (cover / extent) * (20.0 - hu[k, j, i])
+
+
+@njit(cache=True, fastmath=True)
+def _sheet_distance(distance, complete, k, j, i, w, v, u):  # type: ignore[no-untyped-def]
+    """Distance to the fissure in mm inside a cell, signed across it by the lobes so that it passes through zero."""
+    near = complete[k + int(w + 0.5), j + int(v + 0.5), i + int(u + 0.5)]
+    if near < 128:
+        return 1e3
+    total, value = 0.0, 0.0
+    for corner in range(8):
+        a, b, c = corner >> 2, (corner >> 1) & 1, corner & 1
+        lobe = complete[k + a, j + b, i + c] & 127
+        if lobe == 0:
+            continue
+        weight = (w if a else 1 - w) * (v if b else 1 - v) * (u if c else 1 - u)
+        sign = 1.0 if lobe == (near & 127) else -1.0
+        value += weight * sign * distance[k + a, j + b, i + c]
+        total += weight
+    return abs(value / total) / 20.0 if total > 0 else 1e3

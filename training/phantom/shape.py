@@ -311,9 +311,7 @@ def make_wall(
     return Wall(center, heights, inner.astype(np.float32), muscle, body)
 
 
-def _inner_row(
-    shape: ChestShape, z: float, center: float, outline: Callable[[float], np.ndarray] | None
-) -> np.ndarray:
+def _inner_row(shape: ChestShape, z: float, center: float, outline: Callable[[float], np.ndarray] | None) -> np.ndarray:
     height = shape.size[2]
     level = min(z, 0.94 * height)
     points = outline(level) if outline else np.concatenate([shape.outline(side, level) for side in range(2)])
@@ -350,7 +348,9 @@ def _outer_rows(shape: ChestShape, heights: np.ndarray, inner: np.ndarray) -> tu
     neck = _smoothstep((z * shape.size[2] - shape.size[2] - 8) / 80)
     muscle = muscle * (1 - neck) + 62 * neck
     fat = traits["fat"] * (0.45 + 0.3 * side + 0.3 * front + 0.2 * back) * (1.15 - 0.5 * np.clip(z, 0, 1))
-    breast = traits["breast"] * np.exp(-(((turn - np.pi + 0.58) / 0.30) ** 2) - (((heights[:, None] - 0.47 * shape.size[2]) / 42) ** 2))
+    breast = traits["breast"] * np.exp(
+        -(((turn - np.pi + 0.58) / 0.30) ** 2) - (((heights[:, None] - 0.47 * shape.size[2]) / 42) ** 2)
+    )
     return muscle.astype(np.float32), (muscle + np.maximum(fat, 2.5) + breast).astype(np.float32)
 
 

@@ -2,7 +2,7 @@
 
 Source: 13 of the 26 human-corrected lobe maps of LUNA16 scans (the first 13 by file name); the other 13 are kept for
 testing. Only means, standard deviations and correlations of a parametrization stand here, no outline of a patient.
-One of the 13 (a crop of a small chest) is left out of the proportions, kept in none of the tables.
+One of the 13, a crop of a small chest, is left out: the numbers are those of 12 maps, rounded.
 
 Coordinates of the profiles: X = distance from the midline / half the width of both lungs, Y = (y - front) / depth,
 Z = (z - base) / height of both lungs together.
@@ -27,8 +27,9 @@ __all__ = [
 #: Width, depth and height in mm of the box around both lungs.
 BOX_MEAN = np.array([296.0, 202.0, 274.0])
 BOX_SD = np.array([16.0, 15.0, 24.0])
-#: Of the logarithms; rounded.
-BOX_CORRELATION = np.array([[1.0, 0.3, 0.2], [0.3, 1.0, 0.35], [0.2, 0.35, 1.0]])
+#: Of the logarithms, from 12 maps only: -0.12 between width and height was set to 0.1, larger people being larger in
+#: every direction.
+BOX_CORRELATION = np.array([[1.0, 0.25, 0.1], [0.25, 1.0, 0.16], [0.1, 0.16, 1.0]])
 
 #: Volume shares of the five lobes (codes 1-5) in both lungs.
 LOBE_SHARE_MEAN = np.array([0.205, 0.090, 0.243, 0.242, 0.220])
@@ -56,7 +57,8 @@ PROFILE_MEAN = np.array(
             [0.467, 0.145, 0.490, 0.711, 0.610, 0.293, 0.329],
             [0.411, 0.185, 0.521, 0.680, 0.622, 0.278, 0.317],
         ],
-        # left; the medial extreme below Z = 0.5 is that of the cavity, the heart is cut out of it afterwards
+        # left; the medial extreme and the X of the front below Z = 0.5 were set to those of a cavity without a heart, which
+        # is cut out of it afterwards
         [
             [0.968, 0.010, 0.060, 0.955, 0.492, 0.497, 0.464],
             [0.942, 0.010, 0.055, 0.966, 0.490, 0.447, 0.454],
@@ -73,7 +75,8 @@ PROFILE_MEAN = np.array(
         ],
     ]
 )
-#: Standard deviations of the columns at the lowest, the middle (Z = 0.6) and the highest section.
+#: Standard deviations of the columns at the lowest, the middle (Z = 0.6) and the highest section, both sides pooled;
+#: those of the medial and the front columns are narrowed where the heart, placed apart, makes them vary.
 PROFILE_SD = np.array(
     [
         [0.016, 0.020, 0.018, 0.028, 0.037, 0.050, 0.050],

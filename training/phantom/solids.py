@@ -57,7 +57,9 @@ class Ellipsoid:
             t = (axis[0] * x + axis[1] * y + axis[2] * z) / np.float32(radius)
             near, slope = near + t * t, slope + (t / np.float32(radius)) ** 2
         k = np.sqrt(near)
-        return (k * (k - 1) / np.maximum(np.sqrt(slope), 1e-4)).astype(np.float32)
+        # k / slope tends to a radius in the very center
+        radius = np.where(k > 1e-3, k / np.maximum(np.sqrt(slope), 1e-9), self.radii.min())
+        return ((k - 1) * radius).astype(np.float32)
 
 
 def spline(points: np.ndarray, radii: np.ndarray | float, step: float = 4.0) -> Tube:

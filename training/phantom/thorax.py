@@ -76,6 +76,7 @@ def make_thorax(seed: int, spacing: float = 1.5, shifted: bool = False) -> Thora
     lobes, distance, complete = label_lobes(lungs, grid, LungBoxes.of(lungs, grid), fissures, hila, rng)
     organs = paint_organs(rng, grid, lobes, scene)
     parameters = _parameters(shape, fissures.reach, "shifted" if shifted else "standard")
+    parameters["accessory_lobe"] = fissures.accessory[0]
     return Thorax(grid, organs, lobes, distance.astype(np.float16), complete, media.landmarks, parameters)
 
 
@@ -89,7 +90,7 @@ def thorax_from_lobes(
     """Build a thorax around the lungs of a real lobe map; grid and landmarks stay in the map's LPS coordinates.
 
     Args:
-        lobes: canonical lobe map [k, j, i], LUNA16 codes (4-8, + 512 on borders) or ``Lobe`` codes (1-5); others ignored.
+        lobes: canonical lobe map [k, j, i], LUNA16 codes (4-8, + 512 on borders) or ``Lobe`` codes (1-5).
         lobe_spacing: its spacing in mm along (i, j, k).
         lobe_origin: LPS mm of its voxel 0.
         seed: chance of all that the map does not tell.
@@ -170,11 +171,11 @@ def _unwarp(warp: Warp, media: Mediastinum, bones: list[Bone]) -> None:
 
 
 def _fields(rng: np.random.Generator, scene: Scene) -> dict[str, np.ndarray]:
-    """The smooth fields (mm) on the coarse grid: cavity, floor, inner, muscle, body, free (of the mediastinum), left."""
+    """The smooth fields (mm) on the coarse grid: cavity, floor, inner, muscle, body, free (of organs), left."""
     x, y, z = scene.warp.points()
     cavity, floor = lung_fields(x, y, z, scene.shape)
     inner, muscle, body = wall_fields(x, y, z, scene.wall)
-    free = np.abs(x) - np.float32(2.0 + 0.1 * scene.shape.traits["fat"])
+    free = np.abs(x) - np.float32(rng.uniform(1.3, 2.2) + 0.07 * scene.shape.traits["fat"])
     for solid, gap in scene.media.space:
         smooth_union(free, scene.warp.grid, solid, gap, 9.0)
     rough = np.float32(0.7) * scene.noise(rng, 26.0)
@@ -186,7 +187,7 @@ def _lungs(grid: Grid, coarse: Grid, fields: dict[str, np.ndarray]) -> np.ndarra
     """uint8: 1 right, 2 left lung; the largest connected part of each side."""
     room = np.minimum(np.minimum(fields["cavity"], fields["inner"] - 1.5), fields["free"])
     keep = np.full(coarse.shape, -1, np.float32)
-    rough = (np.minimum(room, fields["floor"] - 1) > -0.7)
+    rough = np.minimum(room, fields["floor"] - 1) > -0.7
     for side in (fields["left"] < 0, fields["left"] >= 0):
         labels, count = ndimage.label(rough & side)
         if count:

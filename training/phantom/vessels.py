@@ -44,14 +44,12 @@ class Tree:
         parent: (N,) node index, -1 at a root.
         segment: (N,) segment code, 0 central.
         central: (N,) bool, hand-specified part outside the lungs.
-        pair: (N,) index of the partner node of the bronchovascular tree, -1 if none.
     """
 
     points: np.ndarray
     parent: np.ndarray
     segment: np.ndarray
     central: np.ndarray
-    pair: np.ndarray
 
     def __len__(self) -> int:
         return len(self.points)
@@ -62,12 +60,26 @@ class Tree:
         self.parent = np.concatenate([self.parent, parent])
         self.segment = np.concatenate([self.segment, segment])
         self.central = np.concatenate([self.central, np.full(len(points), central)])
-        self.pair = np.concatenate([self.pair, np.full(len(points), -1)])
+
+    def split(self, longest: float) -> None:
+        """Put nodes into pieces longer than ``longest`` mm."""
+        above = np.maximum(self.parent, 0)
+        length = np.where(self.parent >= 0, np.linalg.norm(self.points - self.points[above], axis=1), 0.0)
+        count = np.maximum(np.ceil(length / longest).astype(int), 1)
+        owner = np.repeat(np.arange(len(self)), count)
+        last = np.cumsum(count) - 1
+        share = ((np.arange(len(owner)) - (last - count)[owner]) / count[owner])[:, None]
+        points = self.points[above[owner]] * (1 - share) + self.points[owner] * share
+        points[last] = self.points
+        parent = np.arange(len(owner)) - 1
+        parent[last - count + 1] = np.where(self.parent >= 0, last[above], -1)
+        self.points, self.parent = points, parent
+        self.segment, self.central = self.segment[owner], self.central[owner]
 
 
 def _tree(nodes: Nodes) -> Tree:
     size = len(nodes.points)
-    return Tree(nodes.points, nodes.parent, np.zeros(size, int), np.ones(size, bool), np.full(size, -1))
+    return Tree(nodes.points, nodes.parent, np.zeros(size, int), np.ones(size, bool))
 
 
 # --- artery ----------------------------------------------------------------------------------------------------------
@@ -208,10 +220,8 @@ def _follow(
     number[index] = len(tree) + np.arange(len(index))
     for name, node in tips.items():
         number[nodes.last[airway.index(name)]] = node
-    size = len(tree)
     segment = np.array(airway.segment)[branch]
     tree.append(nodes.points[index] + side * clearance[index, None], number[nodes.parent[index]], segment)
-    tree.pair[size:] = index
 
 
 def side_branches(
@@ -398,7 +408,7 @@ def _central_vein(
     def entry(lobe: int, name: str, x: float, y: float, z: float) -> np.ndarray:
         return frame.reach(lobe, end[name] + scale * (np.array([x, y, z]) + rng.normal(0, 1.0, 3)))
 
-    tree = Tree(np.zeros((0, 3)), np.zeros(0, int), np.zeros(0, int), np.zeros(0, bool), np.zeros(0, int))
+    tree = Tree(np.zeros((0, 3)), np.zeros(0, int), np.zeros(0, int), np.zeros(0, bool))
     entries = []
     for lobes, mark, doors in (
         ((1, 2), "left_atrium_superior_right", [entry(1, "right upper", 2, -16, -14), entry(2, "middle", 6, 2, -9)]),
@@ -567,10 +577,14 @@ def push_apart(
         size = np.linalg.norm(push, axis=1)
         hit = (size > 0.02) & ~fixed
         if not hit.any():
-            return
+            break
         limit = np.maximum(overlap.max(1), 0) / np.maximum(size, 1e-6)
-        moved = tree.points + strength * push * limit[:, None] * hit[:, None]
+        move = strength * push * limit[:, None] * hit[:, None]
+        move *= np.minimum(1.0, 2.0 / np.maximum(np.linalg.norm(move, axis=1, keepdims=True), 1e-6))
+        moved = tree.points + move
         if number < rounds - 1:
             moved = smooth_nodes(moved, tree.parent, 1, fixed, weight=0.3)
         leaves = (home > 0) & (lobes.at(moved) != home)
         tree.points = np.where(leaves[:, None], tree.points, moved)
+    # what is pushed from several sides gets knots, which show on thick vessels
+    tree.points = smooth_nodes(tree.points, tree.parent, 4, fixed | (radius < 2.5))

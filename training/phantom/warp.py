@@ -42,6 +42,6 @@ class Warp:
         """Real positions (n, 3) of points (n, 3) of the shape's frame, by fixed-point iteration."""
         points = np.atleast_2d(points).astype(np.float64)
         q = points.copy()
-        for _ in range(4):
+        for _ in range(8):
             q = points - np.stack([sample_at(self.u[a], self.grid, q) for a in range(3)], axis=1)
         return q
