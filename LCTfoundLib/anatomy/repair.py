@@ -38,6 +38,8 @@ __all__ = [
     "repair_airway",
 ]
 
+#: A ball inscribed in a bifurcation may be wider than its branches by this factor.
+_BIFURCATION = 1.35
 #: Probabilities below this tell no more about a gap.
 _FLOOR = 0.02
 
@@ -87,7 +89,7 @@ class Leak:
 
     Attributes:
         point: LPS mm.
-        radius, parent_radius: mm, before the repair.
+        radius, parent_radius: mm, the widest before the repair, and the parent's.
         removed_ml: what was cut off.
     """
 
@@ -400,7 +402,7 @@ def remove_leaks(
 ) -> tuple[np.ndarray, list[Leak]]:
     """Cut off what swells: an airway branch is no wider than its parent.
 
-    A branch whose median radius exceeds ``ratio`` x its parent's is a leak into the parenchyma; what lies farther from
+    A branch that over a stretch is wider than ``ratio`` x its parent leaks into the parenchyma; what lies farther from
     its centerline than the parent's radius is removed. Where more than half of the branch and what hangs on it would
     go, all of it goes.
 
@@ -418,7 +420,7 @@ def remove_leaks(
     if not len(graph):
         return result, []
     branches = graph.branches()
-    swollen = _swollen(branches, ratio, tolerance_voxels * min(mask.spacing))
+    swollen = _swollen(graph, branches, ratio, tolerance_voxels * min(mask.spacing))
     if not swollen:
         return result, []
     index = np.argwhere(result)
@@ -436,12 +438,13 @@ def remove_leaks(
         removed = float(result[tuple(index[gone].T)].sum() * np.prod(mask.spacing) / 1000)
         result[tuple(index[gone].T)] = False
         middle = graph.points[(branches.first[branch] + branches.last[branch]) // 2]
-        leaks.append(Leak(middle, float(branches.radius[branch]), float(allowed), removed))
+        leaks.append(Leak(middle, float(graph.radius[below[branches.of_node]].max()), float(allowed), removed))
     return result, leaks
 
 
-def _swollen(branches: Branches, ratio: float, tolerance_mm: float) -> dict[int, float]:
+def _swollen(graph: TreeGraph, branches: Branches, ratio: float, tolerance_mm: float) -> dict[int, float]:
     """Swollen branches (the first one on each way down) and the radius allowed to them."""
+    widest = _widest_stretch(graph, branches)
     result: dict[int, float] = {}
     allowed = branches.radius.copy()
     inside = np.zeros(len(branches), dtype=bool)
@@ -452,12 +455,37 @@ def _swollen(branches: Branches, ratio: float, tolerance_mm: float) -> dict[int,
             inside[branch] = True
             continue
         limit = allowed[parent]
-        if branches.radius[branch] > ratio * limit + tolerance_mm:
+        if widest[branch] > ratio * limit + tolerance_mm:
             result[branch] = float(limit)
             inside[branch] = True
         else:
             # A short noisy branch between two others must not lower what is allowed further down too much.
             allowed[branch] = min(limit, max(branches.radius[branch], 0.7 * limit))
+    return result
+
+
+def _widest_stretch(graph: TreeGraph, branches: Branches, stretch_mm: float = 4.0) -> np.ndarray:
+    """(B,) largest of: median radius; what a branch exceeds over ``stretch_mm`` away from its bifurcations; its
+    widest ball, less what a bifurcation explains."""
+    ends = np.bincount(branches.parent[branches.parent >= 0], minlength=len(branches)) == 0
+    lengths = graph.lengths()
+    result = branches.radius.copy()
+    for branch, nodes in enumerate(branches.nodes()):
+        clear = np.ones(len(nodes), dtype=bool)
+        above = graph.parent[nodes[0]]
+        usual = branches.radius[branch]
+        if above >= 0:
+            usual = min(usual, branches.radius[branches.parent[branch]])
+            near = 1.2 * usual
+            clear &= np.linalg.norm(graph.points[nodes] - graph.points[above], axis=1) > near
+        if not ends[branch]:
+            near = 1.2 * usual
+            clear &= np.linalg.norm(graph.points[nodes] - graph.points[nodes[-1]], axis=1) > near
+        inner = nodes[clear][np.argsort(-graph.radius[nodes[clear]])]
+        over = np.flatnonzero(np.cumsum(lengths[inner]) >= stretch_mm)
+        if len(over):
+            result[branch] = max(result[branch], graph.radius[inner[over[0]]])
+        result[branch] = max(result[branch], graph.radius[nodes].max() / _BIFURCATION)
     return result
 
 

@@ -227,8 +227,8 @@ def _diffuse(graph: TreeGraph, values: np.ndarray, sigma_mm: float, fix_ends: bo
 def _radii(graph: TreeGraph, border: cKDTree, mask: np.ndarray, grid: Volume) -> np.ndarray:
     """Lumen radii (N,) in mm, smoothed along the tree.
 
-    The distance to the nearest background voxel overestimates thin tubes (one voxel wide: a radius of one voxel), the
-    root of (volume / length / pi) overestimates at bifurcations: the smaller of both is used.
+    The distance to the nearest background voxel overestimates thin tubes (one voxel wide: a radius of one voxel); there
+    the root of (volume / length / pi) is used where it is smaller.
     """
     inscribed = border.query(graph.points)[0]
     inscribed = np.where(np.isfinite(inscribed), inscribed, min(grid.spacing)) + _OFF_AXIS * min(grid.spacing)
@@ -241,7 +241,9 @@ def _radii(graph: TreeGraph, border: cKDTree, mask: np.ndarray, grid: Volume) ->
     sigma = 2.0 * min(grid.spacing)
     volume, own = _diffuse(graph, np.column_stack([volume, own]), sigma, fix_ends=False).T
     from_volume = np.sqrt(volume / np.maximum(own, 0.3 * min(grid.spacing)) / np.pi)
-    return np.maximum(_diffuse(graph, np.minimum(inscribed, from_volume), sigma, False), 0.3 * min(grid.spacing))
+    thin_tube = inscribed < 3.0 * min(grid.spacing)
+    radius = np.where(thin_tube, np.minimum(inscribed, from_volume), inscribed)
+    return np.maximum(_diffuse(graph, radius, sigma, fix_ends=False), 0.3 * min(grid.spacing))
 
 
 def nearest_nodes(graph: TreeGraph, points: np.ndarray, neighbors: int = 6) -> np.ndarray:

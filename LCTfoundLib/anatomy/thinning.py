@@ -48,7 +48,8 @@ def thin(mask: np.ndarray) -> np.ndarray:
     strides = np.array([shape[1] * shape[2], shape[2], 1])
     steps = [int(np.dot(offset, strides)) for offset in _OFFSETS]
     alive = np.flatnonzero(flat)
-    parity = sum((part & 1) << n for n, part in enumerate(np.unravel_index(alive, shape)))
+    k, j, i = np.unravel_index(alive, shape)
+    parity = (k & 1) * 4 + (j & 1) * 2 + (i & 1)
     changed = True
     while changed:
         changed = False

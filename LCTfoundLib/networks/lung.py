@@ -85,7 +85,9 @@ def load_net(name: str, folder: Path | None = None) -> LoadedNet:
     card, state = load_weight(name, folder)
     network = UNet3D(UNet3DConfig.from_dict({**card.architecture_parameters, "auxiliary": []}))
     network.load_state_dict(state)
-    return LoadedNet(fuse_batch_norm(network).to(memory_format=torch.channels_last_3d), card)
+    fused = fuse_batch_norm(network)
+    # torch's own type stubs lack this overload of Module.to.
+    return LoadedNet(fused.to(memory_format=torch.channels_last_3d), card)  # type: ignore[call-overload]
 
 
 def predict_coarse(net: LoadedNet, ct: Volume, box: LungBox, choice: DeviceChoice) -> CoarseProbabilities:

@@ -41,7 +41,8 @@ class UNet3DConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> UNet3DConfig:
         """From a card's JSON, where tuples are lists."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
 
     @property
     def divisor(self) -> int:

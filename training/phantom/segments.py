@@ -42,7 +42,7 @@ POSITION: dict[int, Position] = {
     18: (0.40, 0.95, 0.10),
 }
 
-#: Share of each segment in its lobe: mean of CT volumetry (see ``literature``).
+#: Share of each segment in its lobe: plausible means (no published table of all 18 was found), varied by 18 %.
 SHARE: dict[int, float] = {
     1: 0.32, 2: 0.31, 3: 0.37, 4: 0.45, 5: 0.55, 6: 0.25, 7: 0.12, 8: 0.21, 9: 0.19, 10: 0.23,
     11: 0.42, 12: 0.30, 13: 0.14, 14: 0.14, 15: 0.27, 16: 0.28, 17: 0.20, 18: 0.25,

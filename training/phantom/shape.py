@@ -205,7 +205,7 @@ def _dome_height(dome, x, y):  # type: ignore[no-untyped-def]
     rim = (u * u * side_rim + v * v * front_rim) / square
     power = (u * u * (dome[11] if dx > 0 else dome[12]) + v * v * (dome[14] if dy > 0 else dome[13])) / square
     # past the wall the recess ends, and in the middle the heart rests on the central tendon
-    e = min(square, np.float32(1.35) if dx > 0 else np.float32(1.0)) ** (power / 2)
+    e = min(square, np.float32(1.12) if dx > 0 else np.float32(1.0)) ** (power / 2)
     return dome[6] - (dome[6] - rim) * e
 
 

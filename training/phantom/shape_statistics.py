@@ -57,8 +57,8 @@ PROFILE_MEAN = np.array(
             [0.467, 0.145, 0.490, 0.711, 0.610, 0.293, 0.329],
             [0.411, 0.185, 0.521, 0.680, 0.622, 0.278, 0.317],
         ],
-        # left; the medial extreme and the X of the front below Z = 0.5 were set to those of a cavity without a heart, which
-        # is cut out of it afterwards
+        # left; below Z = 0.5 the medial extreme and the X of the front were set to those of a cavity without a heart,
+        # which is cut out of it afterwards
         [
             [0.968, 0.010, 0.060, 0.955, 0.492, 0.497, 0.464],
             [0.942, 0.010, 0.055, 0.966, 0.490, 0.447, 0.454],
