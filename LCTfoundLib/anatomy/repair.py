@@ -331,8 +331,8 @@ def _geometric_cost(
     unit = away / np.maximum(distance, 1e-9)[:, None]
     facing = end_of_node[near]
     other_radius = np.where(facing >= 0, ends.radius[facing], graph.radius[near])
-    # Thinning ends about a radius before the tube does, and a side is reached at the tube's surface.
-    gap = np.maximum(distance - 0.7 * radius - np.where(facing >= 0, 0.7, 1.0) * other_radius, 0.0)
+    # Free ends lie at the end of their tube; a side is reached at its surface.
+    gap = np.maximum(distance - np.where(facing >= 0, 0.0, other_radius), 0.0)
     known = np.abs(ends.direction[end]).sum() > 0
     first = 1 - unit @ ends.direction[end] if known else np.full(len(near), 0.5)
     opposite = -(unit * ends.direction[facing]).sum(axis=1)

@@ -53,8 +53,8 @@ def skeleton_graph(mask: Volume, root: np.ndarray | None = None, rule: SkeletonR
         rule: pruning and smoothing.
 
     Returns:
-        A forest, unlabeled; empty for an empty mask. The tree of ``root`` (or the largest) comes first, so node 0 is its
-        root. Points are smoothed, so they are not at voxel centers.
+        A forest, unlabeled; empty for an empty mask. The tree of ``root`` (or the largest) comes first, and node 0 is
+        its root. Points are smoothed, so they are not at voxel centers.
     """
     rule = rule or SkeletonRule()
     box = bounding_box(mask.array, mask.spacing, 2 * max(mask.spacing))
@@ -71,7 +71,8 @@ def skeleton_graph(mask: Volume, root: np.ndarray | None = None, rule: SkeletonR
     graph = prune_spurs(graph, rule.spur_radii, rule.spur_voxels * min(mask.spacing))
     if rule.smooth_mm > 0:
         graph.points = smooth_points(graph, rule.smooth_mm)
-    graph.radius = _radii(graph, border, inside, part)
+    graph, like = _extended_to_the_ends(graph, part)
+    graph.radius = _radii(graph, border, inside, part)[like]
     return graph
 
 
@@ -192,6 +193,70 @@ def _spurs(graph: TreeGraph, branches: Branches, radii: float, extra_mm: float) 
         if siblings and short[siblings].all():
             short[siblings[int(branches.length[siblings].argmax())]] = False
     return short
+
+
+# -- free ends -------------------------------------------------------------------------------------------------------
+
+
+def _extended_to_the_ends(graph: TreeGraph, mask: Volume) -> tuple[TreeGraph, np.ndarray]:
+    """Continue free ends straight to where the mask ends: thinning eats a tube from its end by about its radius.
+
+    Also returns, for each node, the node whose radius it has: new nodes have that of the end they continue.
+    """
+    step = min(mask.spacing)
+    counts = graph.child_counts()
+    before: list[tuple[np.ndarray, int]] = []  # new points from the outermost inward, and the root they lead to
+    after: list[tuple[np.ndarray, int]] = []  # new points outward from a leaf
+    for leaf in np.flatnonzero((counts == 0) & (graph.parent >= 0)):
+        after.append((_onward(graph, graph.parent, int(leaf), mask, step), int(leaf)))
+    child = np.full(len(graph), -1)
+    child[graph.parent[graph.parent >= 0]] = np.flatnonzero(graph.parent >= 0)
+    for root in np.flatnonzero((graph.parent < 0) & (counts == 1)):
+        before.append((_onward(graph, np.where(counts == 1, child, -1), int(root), mask, step)[::-1], int(root)))
+    return _joined(graph, before, after)
+
+
+def _onward(graph: TreeGraph, back: np.ndarray, end: int, mask: Volume, step: float) -> np.ndarray:
+    """(P, 3) points beyond a free end; ``back`` leads from it into the tube."""
+    reach = max(4.0, 1.5 * graph.radius[end])
+    node = end
+    while back[node] >= 0 and np.linalg.norm(graph.points[node] - graph.points[end]) < reach:
+        node = int(back[node])
+    way = graph.points[end] - graph.points[node]
+    length = float(np.linalg.norm(way))
+    if length < 1e-6:
+        return np.zeros((0, 3))
+    count = int((3.0 * graph.radius[end] + 2.0 * max(mask.spacing)) / step)
+    points = graph.points[end] + np.outer(np.arange(1, count + 1) * step / length, way)
+    index = np.rint(mask.index_from_world(points)).astype(int)
+    inside = ((index >= 0) & (index < np.array(mask.array.shape))).all(axis=1)
+    inside[inside] = mask.array[tuple(index[inside].T)] > 0
+    return points[: len(points) if inside.all() else int(inside.argmin())]
+
+
+def _joined(
+    graph: TreeGraph, before: list[tuple[np.ndarray, int]], after: list[tuple[np.ndarray, int]]
+) -> tuple[TreeGraph, np.ndarray]:
+    """The graph with chains of new points before its roots and behind its leaves, and whose radius each node has."""
+    shift = sum(len(points) for points, _ in before)
+    old_parent = np.where(graph.parent >= 0, graph.parent + shift, -1)
+    front, back, like = [np.zeros(0, int)], [np.zeros(0, int)], [np.zeros(0, int)]
+    count = 0
+    for chain, root in before:
+        front.append(np.r_[-1, np.arange(count, count + len(chain) - 1)][: len(chain)])
+        like.append(np.full(len(chain), root))
+        count += len(chain)
+        old_parent[root] = count - 1 if len(chain) else -1
+    like.append(np.arange(len(graph)))
+    count += len(graph)
+    for chain, leaf in after:
+        back.append(np.r_[leaf + shift, np.arange(count, count + len(chain) - 1)][: len(chain)])
+        like.append(np.full(len(chain), leaf))
+        count += len(chain)
+    points = np.concatenate([*(chain for chain, _ in before), graph.points, *(chain for chain, _ in after)])
+    source = np.concatenate(like)
+    parent = np.concatenate([*front, old_parent, *back]).astype(int)
+    return TreeGraph.from_parents(points, graph.radius[source], parent), source + shift
 
 
 # -- points and radii ------------------------------------------------------------------------------------------------
