@@ -300,15 +300,16 @@ def _stems(branches: Branches, named: np.ndarray, tips: np.ndarray) -> dict[int,
 def carina_node(tree: LabeledTree) -> int | None:
     """The bifurcation of the trachea: the lowest node from which branches go to both lungs; None without such."""
     graph = tree.graph
-    sides = np.zeros((len(graph), 2), dtype=bool)
+    sides = np.zeros((len(graph), 2))
     for node in range(len(graph) - 1, -1, -1):
         code = int(graph.segment[node])
         if code:
-            sides[node, 0 if segment_by_code(code).side is Side.RIGHT else 1] = True
+            sides[node, 0 if segment_by_code(code).side is Side.RIGHT else 1] += 1
         if graph.parent[node] >= 0:
-            sides[graph.parent[node]] |= sides[node]
-    both = np.flatnonzero(sides.all(axis=1))
-    return int(both[graph.generation[both].argmax()]) if len(both) else None
+            sides[graph.parent[node]] += sides[node]
+    # A few branches with a name of the wrong side do not move it. The nodes above it are a chain: the last is lowest.
+    both = np.flatnonzero((sides > 0.3 * sides.max(axis=0, initial=1)).all(axis=1))
+    return int(both[-1]) if len(both) else None
 
 
 def airway_findings(

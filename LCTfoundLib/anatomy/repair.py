@@ -167,17 +167,18 @@ def repair_airway(
     """
     probability = probability.with_array(probability.array.astype(np.float32, copy=False))
     found = probability.with_array(hysteresis(probability.array, low, high))
-    root = airway_root(found)
-    if root is None:
+    if not found.array.any():
         return AirwayTree(found, TreeGraph.empty())
-    joined, links = link_gaps(found, probability.array, link_rule, root)
+    joined, links = link_gaps(found, probability.array, link_rule)
+    root = airway_root(probability.with_array(joined))
+    assert root is not None  # the mask is not empty
     tree, dropped = _component_at(joined, root, probability)
     tree, leaks = remove_leaks(probability.with_array(tree), root)
     mask = probability.with_array(_component_at(tree, root, probability)[0])
     graph = cap_radii(skeleton_graph(mask, root))
     graph.confidence = branch_means(graph, probability)
     kept = [link for link in links if _holds(mask, link.points)]
-    return AirwayTree(mask, graph, kept, leaks, dropped * float(np.prod(probability.spacing)) / 1000)
+    return AirwayTree(mask, graph, kept, leaks, dropped * probability.voxel_ml)
 
 
 def _component_at(mask: np.ndarray, root: np.ndarray, grid: Volume) -> tuple[np.ndarray, int]:
@@ -425,21 +426,55 @@ def remove_leaks(
         return result, []
     index = np.argwhere(result)
     points = mask.world_from_index(index)
-    owner = nearest_nodes(graph, points)
+    owner = branches.of_node[nearest_nodes(graph, points)]
     leaks = []
     for branch, allowed in swollen.items():
-        below = branches.descendants(branch)
-        own = below[branches.of_node[owner]]
-        axis = cKDTree(graph.points[below[branches.of_node]])
-        gone = own.copy()
-        gone[own] = axis.query(points[own])[0] > allowed
-        if gone.sum() > 0.5 * own.sum():
-            gone = own
+        gone = _leaked(graph, branches, branch, allowed, ratio, points, owner)
         removed = float(result[tuple(index[gone].T)].sum() * np.prod(mask.spacing) / 1000)
         result[tuple(index[gone].T)] = False
-        middle = graph.points[(branches.first[branch] + branches.last[branch]) // 2]
-        leaks.append(Leak(middle, float(graph.radius[below[branches.of_node]].max()), float(allowed), removed))
+        nodes = branches.descendants(branch)[branches.of_node]
+        widest = int(np.flatnonzero(nodes)[graph.radius[nodes].argmax()])
+        leaks.append(Leak(graph.points[widest], float(graph.radius[widest]), float(allowed), removed))
     return result, leaks
+
+
+def _leaked(
+    graph: TreeGraph,
+    branches: Branches,
+    branch: int,
+    allowed: float,
+    ratio: float,
+    points: np.ndarray,
+    owner: np.ndarray,
+) -> np.ndarray:
+    """(M,) bool: voxels to cut off for one swollen branch."""
+    below = branches.descendants(branch)
+    own = below[owner]
+    # The blob also swells the end of the parent, where it hides the bifurcation.
+    family = (below | (np.arange(len(branches)) == branches.parent[branch]))[branches.of_node]
+    blown = np.flatnonzero(family & (graph.radius > ratio * allowed))
+    affected = own.copy()
+    if len(blown):
+        distance, node = cKDTree(graph.points[blown]).query(points, distance_upper_bound=graph.radius[blown].max() + 2)
+        radius = np.append(graph.radius[blown], 0.0)[node]
+        affected |= distance <= radius + 1.0
+    tubes = np.full(len(branches), np.inf)
+    tubes[below] = allowed
+    gone = affected.copy()
+    gone[affected] = _outside_tubes(graph, branches, tubes, points[affected])
+    return gone | own if (gone & own).sum() > 0.5 * own.sum() else gone
+
+
+def _outside_tubes(graph: TreeGraph, branches: Branches, most: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """(M,) bool: points outside the tubes that the branches would be without the leak.
+
+    A branch's own radius shows in its thinner part (lower quartile); none is wider than ``most`` (B,).
+    """
+    own = [1.2 * float(np.percentile(graph.radius[chain], 25)) for chain in branches.nodes()]
+    radius = np.minimum(np.array(own), most)[branches.of_node]
+    distance, node = cKDTree(graph.points).query(points, k=min(8, len(graph)))
+    node = node.reshape(len(points), -1)
+    return (distance.reshape(node.shape) - radius[node]).min(axis=1) > 0
 
 
 def _swollen(graph: TreeGraph, branches: Branches, ratio: float, tolerance_mm: float) -> dict[int, float]:

@@ -207,8 +207,8 @@ def connect_labels(labels: np.ndarray, within: np.ndarray, keep_all: np.ndarray 
     Args:
         labels: uint8 codes; 0 within ``within`` is to be filled.
         within: bool, what is to be tiled; outside becomes 0.
-        keep_all: bool; islands of ``within`` that no label reaches keep their own label where this holds, and become 0
-            elsewhere. None: they keep it (or take the nearest one).
+        keep_all: bool; islands of ``within`` that no label reaches keep their commonest label where this holds, and
+            become 0 elsewhere. None: they all keep it (or take the nearest one).
     """
     result = np.where(within, labels, 0).astype(np.uint8)
     kept = np.zeros(result.shape, dtype=bool)
@@ -239,8 +239,19 @@ def _flood(labels: np.ndarray, loose: np.ndarray, within: np.ndarray, keep_all: 
         if keep_all is not None:
             part[alone & ~keep_all[box]] = 0
             alone &= keep_all[box]
+        _one_label_per_island(part, alone)
         _fill_unlabeled(result, box, alone & (part == 0), labels)
     return result
+
+
+def _one_label_per_island(part: np.ndarray, alone: np.ndarray) -> None:
+    """Give islands that no kept label reaches their commonest label, in place."""
+    islands, _ = ndimage.label(alone, FACES)
+    for island, box in enumerate(ndimage.find_objects(islands), start=1):
+        inside = islands[box] == island
+        votes = np.bincount(part[box][inside])
+        votes[0] = 0
+        part[box][inside] = votes.argmax()
 
 
 def _fill_unlabeled(result: np.ndarray, box: Box, empty: np.ndarray, labels: np.ndarray) -> None:

@@ -94,7 +94,7 @@ def test_a_leak_is_cut_off_and_the_tree_stays(rng: np.random.Generator) -> None:
     repaired, leaks = remove_leaks(grid.with_array(blob), tree.points[0])
     assert len(leaks) >= 1 and max(leak.removed_ml for leak in leaks) > 0.5
     assert max(leak.radius for leak in leaks) > 5.0
-    assert repaired[added].mean() < 0.3
+    assert repaired[added].mean() < 0.4
     assert repaired[clean].mean() > 0.75
 
 

@@ -9,7 +9,7 @@ from scipy.spatial import cKDTree
 
 from LCTfoundLib.anatomy.graph import TreeGraph
 from LCTfoundLib.anatomy.masks import close_ball, coarse_grid, dilate_ball, paint_tube, resample, signed_distance
-from LCTfoundLib.anatomy.skeleton import nearest_nodes, skeleton_graph
+from LCTfoundLib.anatomy.skeleton import airway_root, nearest_nodes, skeleton_graph
 from LCTfoundLib.anatomy.thinning import thin
 from LCTfoundLib.volume import Volume
 from Testing.engine.synthetic_trees import TreeSpec, blank, random_tree, rasterize
@@ -47,12 +47,26 @@ def test_radii_are_those_of_the_tubes(rng: np.random.Generator) -> None:
         assert np.median(found.radius[here]) == pytest.approx(radius, abs=0.35)
 
 
+def test_the_root_of_an_airway_is_its_thick_upper_end(rng: np.random.Generator) -> None:
+    grid = blank((110, 90, 90))
+    mask = grid.array.copy()
+    for points, radius in (
+        ([[0.0, 0, 30], [0, 0, -10]], 7.0),
+        ([[0.0, 0, -10], [20, 0, -25]], 5.0),
+        ([[0.0, 0, -10], [-20, 0, -25], [-30, 0, 45]], 2.0),  # a bronchus that rises above the trachea's top
+    ):
+        paint_tube(mask, np.array(points), np.full(len(points), radius), grid)
+    root = airway_root(grid.with_array(mask))
+    assert root is not None and np.linalg.norm(root - [0, 0, 34]) < 7.0
+    assert airway_root(grid) is None
+
+
 def test_components_are_kept_and_spurs_are_not(rng: np.random.Generator) -> None:
     grid = blank((60, 40, 40))
     mask = grid.array.copy()
     ends = np.array([[0.0, 0, -25], [0, 0, 25]])
     paint_tube(mask, ends, np.array([5.0, 5.0]), grid)
-    paint_tube(mask, np.array([[0.0, 0, 0], [6.0, 0, 0]]), np.array([1.0, 1.0]), grid)  # a bump, 1 mm out of the tube
+    paint_tube(mask, np.array([[0.0, 0, 0], [5.0, 0, 0]]), np.array([1.0, 1.0]), grid)  # a bump, 1 mm out of the tube
     paint_tube(mask, np.array([[14.0, 14, -10], [14, 14, 10]]), np.array([1.5, 1.5]), grid)
     found = skeleton_graph(grid.with_array(mask), ends[1])
     assert (found.parent < 0).sum() == 2
