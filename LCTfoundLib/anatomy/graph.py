@@ -157,6 +157,9 @@ class Branches:
 
 
 def _group_median(group: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
-    order = np.argsort(group, kind="stable")
-    parts = np.split(values[order], np.cumsum(np.bincount(group, minlength=count))[:-1])
-    return np.array([np.median(part) for part in parts]) if count else np.zeros(0)
+    """(count,) median of each group's values; every group has at least one."""
+    order = np.lexsort((values, group))
+    sizes = np.bincount(group, minlength=count)
+    starts = np.cumsum(sizes) - sizes
+    ranked = values[order]
+    return (ranked[starts + (sizes - 1) // 2] + ranked[starts + sizes // 2]) / 2

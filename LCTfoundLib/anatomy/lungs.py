@@ -18,6 +18,7 @@ from LCTfoundLib.anatomy.masks import (
     component_containing,
     component_sizes,
     crop,
+    fill_holes,
     largest_component,
     resample,
     signed_distance,
@@ -318,7 +319,7 @@ def _snap(ct: Volume, depth: Volume, airway: Volume | None, band_mm: float) -> n
     if airway is not None:
         aerated &= ~_foreign_airway(airway, depth, ct)
     aerated &= core | _reached(aerated, core)
-    lungs = core | aerated | ((border > 0) & (_dense_beneath(hu, core, border, ct) > 0.5))
+    lungs = core | aerated | ((border > 0) & (_dense_beneath(ct, depth, band_mm) > 0.5))
     return _filled_and_smooth(lungs, border, ct, band_mm)
 
 
@@ -337,24 +338,22 @@ def _foreign_airway(airway: Volume, depth: Volume, ct: Volume) -> np.ndarray:
     return resample(airway.with_array(wall.astype(np.float32)), ct) > 0.5
 
 
-def _dense_beneath(hu: np.ndarray, core: np.ndarray, border: np.ndarray, ct: Volume) -> np.ndarray:
+def _dense_beneath(ct: Volume, depth: Volume, band_mm: float) -> np.ndarray:
     """Share of dense voxels in the core nearby (a Gaussian window of 4 mm), on the CT's grid."""
-    grid = coarse_grid(ct, 2.5)
-    weight = resample(ct.with_array(core.astype(np.float32)), grid)
-    dense = resample(ct.with_array((core & (hu >= _EDGE_HU)).astype(np.float32)), grid)
-    sigma = 4.0 / np.array(grid.spacing[::-1])
-    weight, dense = ndimage.gaussian_filter(weight, sigma), ndimage.gaussian_filter(dense, sigma)
-    share = np.where(weight > 1e-3, dense / np.maximum(weight, 1e-3), 0.0).astype(np.float32)
-    return resample(grid.with_array(share), ct)
+    core = depth.array > band_mm
+    dense = core & (resample(ct, depth) >= _EDGE_HU)
+    sigma = 4.0 / np.array(depth.spacing[::-1])
+    weight, share = (ndimage.gaussian_filter(part.astype(np.float32), sigma) for part in (core, dense))
+    return resample(depth.with_array(np.where(weight > 1e-3, share / np.maximum(weight, 1e-3), 0.0)), ct)
 
 
 def _filled_and_smooth(lungs: np.ndarray, border: np.ndarray, ct: Volume, band_mm: float) -> np.ndarray:
-    """Close over vessels and nodules (3.5 mm ball, on a 1.5 mm grid), fill holes, smooth by a Gaussian of 0.7 mm."""
-    grid = coarse_grid(ct, 1.5)
+    """Close over vessels and nodules (3.5 mm ball, on a 2 mm grid), smooth by a Gaussian of 0.7 mm, fill holes."""
+    grid = coarse_grid(ct, 2.0)
     coarse = resample(ct.with_array(lungs.astype(np.float32)), grid) > 0.5
-    closed = ndimage.binary_fill_holes(close_ball(coarse, 3.5, grid.spacing))
+    closed = fill_holes(close_ball(coarse, 3.5, grid.spacing))
     # The closing only adds where it is sure, so that its coarser border does not show.
     added = resample(grid.with_array((closed & ~coarse).astype(np.float32)), ct) > 0.6
     lungs = lungs | (added & (border > -band_mm))
-    smooth = ndimage.gaussian_filter(lungs.astype(np.float32), 0.7 / np.array(ct.spacing[::-1]), truncate=2.5) > 0.5
-    return ndimage.binary_fill_holes(smooth)
+    smooth = ndimage.gaussian_filter(lungs.astype(np.float32), 0.7 / np.array(ct.spacing[::-1]), truncate=2.0) > 0.5
+    return fill_holes(smooth)

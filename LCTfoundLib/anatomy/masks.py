@@ -25,6 +25,7 @@ __all__ = [
     "coarse_grid",
     "crop",
     "dilate_ball",
+    "fill_holes",
     "largest_component",
     "paint_tube",
     "resample",
@@ -100,6 +101,14 @@ def component_containing(mask: np.ndarray, seeds: np.ndarray, structure: np.ndar
     keep[np.unique(labels[seeds])] = True
     keep[0] = False
     return keep[labels]
+
+
+def fill_holes(mask: np.ndarray) -> np.ndarray:
+    """The mask with its cavities; by components, which is far faster than a reconstruction on large arrays."""
+    outside, count = ndimage.label(~np.pad(mask, 1), FACES)
+    if count < 2:
+        return mask
+    return outside[1:-1, 1:-1, 1:-1] != outside[0, 0, 0]
 
 
 # -- balls -----------------------------------------------------------------------------------------------------------

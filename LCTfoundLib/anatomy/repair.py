@@ -19,7 +19,6 @@ from LCTfoundLib.anatomy.masks import (
     CORNERS,
     Spacing,
     component_sizes,
-    dilate_ball,
     paint_tube,
 )
 from LCTfoundLib.anatomy.skeleton import SkeletonRule, airway_root, nearest_nodes, skeleton_graph
@@ -42,6 +41,12 @@ __all__ = [
 _BIFURCATION = 1.35
 #: Probabilities below this tell no more about a gap.
 _FLOOR = 0.02
+
+
+#: Branches that begin this near to the root belong to the trachea.
+_TRACHEA_TOP_MM = 40.0
+#: Share of the airway that must remain after leaks are removed.
+_MOST_LEAK = 0.6
 
 
 @dataclass(frozen=True)
@@ -142,8 +147,12 @@ def drop_islands(
         return np.array(mask, dtype=bool)
     ml = component_sizes(labels) * float(np.prod(spacing)) / 1000
     large = ml >= min(large_ml, ml.max())
+    index = np.argwhere(labels)
+    points, owner = index * np.array(spacing[::-1]), labels[tuple(index.T)]
+    others = ~large[owner]
+    distance, _ = cKDTree(points[~others]).query(points[others], distance_upper_bound=near_mm)
     near = np.zeros(count + 1, dtype=bool)
-    near[np.unique(labels[dilate_ball(large[labels], near_mm, spacing)])] = True
+    near[owner[others][np.isfinite(distance)]] = True
     keep = large | (near & (ml >= tiny_ml))
     keep[0] = False
     return keep[labels]
@@ -173,7 +182,11 @@ def repair_airway(
     root = airway_root(probability.with_array(joined))
     assert root is not None  # the mask is not empty
     tree, dropped = _component_at(joined, root, probability)
-    tree, leaks = remove_leaks(probability.with_array(tree), root)
+    cleaned, leaks = remove_leaks(probability.with_array(tree), root)
+    if cleaned.sum() < _MOST_LEAK * tree.sum():
+        # So much is no leak but a misread tree; it stays, and the quality checks speak of it.
+        cleaned, leaks = tree, []
+    tree = cleaned
     mask = probability.with_array(_component_at(tree, root, probability)[0])
     graph = cap_radii(skeleton_graph(mask, root))
     graph.confidence = branch_means(graph, probability)
@@ -482,6 +495,10 @@ def _swollen(graph: TreeGraph, branches: Branches, ratio: float, tolerance_mm: f
     widest = _widest_stretch(graph, branches)
     result: dict[int, float] = {}
     allowed = branches.radius.copy()
+    # A spur at the cut top of the trachea may be the first branch; it must not make a leak of the trachea itself.
+    starts = graph.points[[nodes[0] for nodes in branches.nodes()]]
+    near_root = np.linalg.norm(starts - graph.points[0], axis=1) < _TRACHEA_TOP_MM
+    allowed[branches.parent < 0] = np.maximum(allowed[branches.parent < 0], branches.radius[near_root].max(initial=0.0))
     inside = np.zeros(len(branches), dtype=bool)
     for branch, parent in enumerate(branches.parent):
         if parent < 0:

@@ -54,7 +54,7 @@ class TerritoryRule:
         vein_sigma_mm: how far a vein is smeared.
     """
 
-    grid_mm: float = 2.0
+    grid_mm: float = 2.5
     scale_mm: float = 6.0
     most_tree: float = 0.75
     near_mm: float = 9.0
@@ -291,6 +291,7 @@ def territories(
     rule = rule or TerritoryRule()
     result = Territories(np.zeros(lobes.array.shape, dtype=np.uint8))
     points, codes = _labeled_points(trees)
+    density = _vein_density(lobes, veins, rule) if veins is not None and rule.vein > 0 else None
     for lobe in Lobe:
         inside = lobes.array == lobe
         box = bounding_box(inside)
@@ -299,7 +300,7 @@ def territories(
         part = crop(lobes.with_array(inside), box)
         segments = np.array([s.code for s in segments_of_lobe(lobe)])
         mine = np.isin(codes, segments)
-        labels, weight = _divide(part, segments, points[mine], codes[mine], prior, veins, rule)
+        labels, weight = _divide(part, segments, points[mine], codes[mine], prior, density, rule)
         result.tree_weight[lobe] = weight
         connected = connect_labels(labels, part.array)
         result.segments[box][part.array] = connected[part.array]
@@ -368,7 +369,7 @@ def _distances(
     if not len(points):
         return result * 0, 0.0
     places = grid.world_from_index(index)
-    density = _vein_density(grid, veins, rule) if veins is not None and rule.vein > 0 else None
+    density = resample(veins, grid) if veins is not None else None
     nearest = np.full(len(index), _FAR_MM, dtype=np.float32)
     for place, code in enumerate(segments):
         mine = points[codes == code]
@@ -386,13 +387,14 @@ def _distances(
     return result, weight
 
 
-def _vein_density(grid: Volume, veins: Volume, rule: TerritoryRule) -> np.ndarray:
+def _vein_density(lobes: Volume, veins: Volume, rule: TerritoryRule) -> Volume:
     """Share of vein voxels nearby: intersegmental veins mark a plane, which lies between and around them."""
+    grid = coarse_grid(lobes, rule.grid_mm)
     share = resample(veins.with_array(veins.array.astype(np.float32)), grid)
-    return ndimage.gaussian_filter(share, rule.vein_sigma_mm / np.array(grid.spacing[::-1]))
+    return grid.with_array(ndimage.gaussian_filter(share, rule.vein_sigma_mm / np.array(grid.spacing[::-1])))
 
 
-def _mean_between(density: np.ndarray, start: np.ndarray, end: np.ndarray, samples: int = 8) -> np.ndarray:
+def _mean_between(density: np.ndarray, start: np.ndarray, end: np.ndarray, samples: int = 5) -> np.ndarray:
     """(M,) mean of an array along the straight ways between (M, 3) voxel indices."""
     total = np.zeros(len(start), dtype=np.float32)
     for fraction in (np.arange(samples) + 0.5) / samples:

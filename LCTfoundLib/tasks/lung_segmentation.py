@@ -19,7 +19,7 @@ import LCTfoundLib
 from LCTfoundLib.anatomy.airway_labels import LabeledTree, airway_findings, label_airway, label_artery
 from LCTfoundLib.anatomy.graph import TreeGraph
 from LCTfoundLib.anatomy.lungs import find_lungs, refine_lungs
-from LCTfoundLib.anatomy.masks import Probabilities, bounding_box, crop, resample
+from LCTfoundLib.anatomy.masks import Probabilities, bounding_box, close_ball, crop, resample
 from LCTfoundLib.anatomy.quality import (
     Finding,
     check_agreement,
@@ -33,7 +33,7 @@ from LCTfoundLib.anatomy.quality import (
     tree_confidence,
 )
 from LCTfoundLib.anatomy.repair import AirwayTree, repair_airway
-from LCTfoundLib.anatomy.structures import LOBE_OF_SEGMENT, STRUCTURES, Tree, segment_by_code
+from LCTfoundLib.anatomy.structures import LOBE_OF_SEGMENT, STRUCTURES, Context, Tree, segment_by_code
 from LCTfoundLib.anatomy.territories import (
     Territories,
     connect_labels,
@@ -186,12 +186,24 @@ def _coarse(
         progress.update(0.3 + 0.35 * round_)
         image = _around(ct, box, _COARSE_MARGIN_MM, _COARSE_MM)
         coarse = predict_coarse(net, image, box, choice)
-        lungs = _largest_lungs(coarse.lungs > 0.5)
+        lungs = _lungs_without_trachea(coarse) > 0.5
         if not lungs.any():
             raise UnsuitableImage("The networks found no lungs; check that the image is a CT of the chest in HU.")
         box = LungBox.of_mask(lungs, image.spacing, image.origin)
     progress.done()
     return coarse, box
+
+
+def _lungs_without_trachea(coarse: CoarseProbabilities) -> np.ndarray:
+    """Probability of lung (k, j, i) without trachea and main bronchi, whose air looks like lung, and without islands.
+
+    Bronchi inside the lungs stay in: a closing bridges them, but not the wide airways of the mediastinum.
+    """
+    spacing = coarse.grid.spacing
+    airway = ndimage.binary_dilation(coarse.trees[Tree.AIRWAY] > 0.5)
+    body = _largest_lungs((coarse.lungs > 0.5) & ~airway)
+    body |= close_ball(body, 6.0, spacing) & (coarse.lungs > 0.3)
+    return np.where(body, np.maximum(coarse.lungs, 0.51), np.minimum(coarse.lungs, 0.49)).astype(np.float32)
 
 
 def _largest_lungs(lungs: np.ndarray) -> np.ndarray:
@@ -201,7 +213,7 @@ def _largest_lungs(lungs: np.ndarray) -> np.ndarray:
         return lungs
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
-    return (sizes >= 0.1 * sizes.max())[labels]
+    return np.asarray((sizes >= 0.1 * sizes.max())[labels])
 
 
 def _around(ct: Volume, box: LungBox, margin: float, spacing: float) -> Volume:
@@ -266,7 +278,9 @@ def _find_trees(fine: FineProbabilities, coarse: CoarseProbabilities, progress: 
     progress.update(0.0)
     airway = repair_airway(fine.grid.with_array(fine.trees[0].astype(np.float32)))
     progress.update(0.35)
-    artery, vein = (fine.trees[index].astype(np.float32) for index in (1, 2))
+    # The trees end at the heart: its blood looks like theirs.
+    heart = resample(coarse.grid.with_array(coarse.regions[Context.HEART]), fine.grid) > 0.6
+    artery, vein = (np.where(heart, 0.0, fine.trees[index]).astype(np.float32) for index in (1, 2))
     vessels = separate_vessels(fine.grid.with_array(artery), vein, airway.graph)
     progress.done()
     return _Trees(airway, vessels)
@@ -291,7 +305,7 @@ def _find_segments(
     work: Volume, fine: FineProbabilities, coarse: CoarseProbabilities, trees: _Trees, progress: Progress
 ) -> _Segments:
     progress.update(0.0)
-    lungs = refine_lungs(work, coarse.grid.with_array(coarse.lungs), trees.airway.mask)
+    lungs = refine_lungs(work, coarse.grid.with_array(_lungs_without_trachea(coarse)), trees.airway.mask)
     progress.update(0.25)
     prior = Probabilities(coarse.grid, coarse.regions)
     lobes = smooth_lobes(_fused_lobes(fine, lobe_probabilities(prior)), work.with_array(lungs), smooth_mm=0.8)
