@@ -125,12 +125,13 @@ class AirwayTree:
 # -- masks -----------------------------------------------------------------------------------------------------------
 
 
-def hysteresis(probability: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Voxels above ``low`` in components (26) that somewhere reach ``high``."""
+def hysteresis(probability: np.ndarray, low: float, high: float, smallest: int = 1) -> np.ndarray:
+    """Voxels above ``low`` in components (26) of at least ``smallest`` voxels that somewhere reach ``high``."""
     weak = probability > low
     labels, count = ndimage.label(weak, CORNERS)
     keep = np.zeros(count + 1, dtype=bool)
     keep[labels[probability > high]] = True
+    keep &= component_sizes(labels) >= smallest
     keep[0] = False
     return keep[labels]
 

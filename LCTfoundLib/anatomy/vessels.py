@@ -25,6 +25,9 @@ from LCTfoundLib.volume import Volume
 __all__ = ["SeparationRule", "Swap", "VesselTree", "Vessels", "separate_vessels"]
 
 
+_SMALLEST_MM3 = 8.0
+
+
 @dataclass(frozen=True)
 class SeparationRule:
     """How the pieces are labeled; costs are in units of log-odds.
@@ -136,7 +139,9 @@ def _evidence(artery: Volume, vein: np.ndarray, rule: SeparationRule) -> tuple[V
     artery = artery.with_array(artery.array.astype(np.float32, copy=False))
     vein = vein.astype(np.float32, copy=False)
     both = artery.array + vein
-    vessel = hysteresis(both, rule.low, rule.high)
+    # Specks cost a skeleton each and would be dropped at the end.
+    smallest = int(np.ceil(_SMALLEST_MM3 / float(np.prod(artery.spacing))))
+    vessel = hysteresis(both, rule.low, rule.high, smallest)
     odds = np.where(vessel, np.log(np.maximum(artery.array, 0.01)) - np.log(np.maximum(vein, 0.01)), 0.0)
     odds = odds.astype(np.float32)
     # Speckle within a vessel is averaged away before the kinds are skeletonized.
