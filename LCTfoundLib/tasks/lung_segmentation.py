@@ -22,6 +22,7 @@ from LCTfoundLib.anatomy.lungs import find_lungs, refine_lungs
 from LCTfoundLib.anatomy.masks import Probabilities, bounding_box, close_ball, crop, resample
 from LCTfoundLib.anatomy.quality import (
     Finding,
+    Severity,
     check_agreement,
     check_image,
     check_laterality,
@@ -66,6 +67,14 @@ _COARSE_MM = 3.0
 _COARSE_MARGIN_MM = 20.0
 #: Room around the lungs on the fine grid: hila and central vessels.
 _FINE_MARGIN_MM = 12.0
+
+
+_MIRRORED = Finding(
+    Severity.SERIOUS,
+    "image",
+    "The image looks like a mirror image: left and right of the file are swapped, or the patient has situs inversus. "
+    "Check the orientation before using any side.",
+)
 
 
 class Quality(StrEnum):
@@ -155,6 +164,7 @@ def segment_lungs(ct: Volume, request: LungRequest | None = None, progress: Prog
     upright = ct.resample_canonical()
     clock.lap("loading")
     coarse, box = _coarse(nets[0], upright, choice, coarse_step)
+    mirrored = _looks_mirrored(nets[0], coarse, box, choice)
     clock.lap("coarse network")
     plan = _PLANS[request.quality]
     work = _working_volume(upright, box, plan.spacing)
@@ -166,6 +176,8 @@ def segment_lungs(ct: Volume, request: LungRequest | None = None, progress: Prog
     clock.lap("segments")
     last_step.update(0.0)
     result = _on_input_grid(ct, upright, work, coarse, trees, parts)
+    if mirrored:
+        result.findings.insert(0, _MIRRORED)
     clock.lap("original grid")
     result.provenance = _provenance(request, choice, nets, plan, clock)
     last_step.done()
@@ -192,6 +204,21 @@ def _coarse(
         box = LungBox.of_mask(lungs, image.spacing, image.origin)
     progress.done()
     return coarse, box
+
+
+def _looks_mirrored(net: LoadedNet, coarse: CoarseProbabilities, box: LungBox, choice: DeviceChoice) -> bool:
+    """Whether the image resembles a patient more when left and right are exchanged.
+
+    The net names organs by position too, so it calls whatever lies on the left stomach; but it recognizes an aorta only
+    on the left of the spine. Of three patients it lost 73-83 % of the aorta when the image was mirrored.
+    """
+    x = coarse.grid.origin[0]
+    width = coarse.grid.spacing[0] * (coarse.grid.shape[2] - 1)
+    low, high = (2 * x + width - box.high[0], *box.low[1:]), (2 * x + width - box.low[0], *box.high[1:])
+    image = coarse.grid.with_array(np.ascontiguousarray(coarse.grid.array[:, :, ::-1]))
+    other = predict_coarse(net, image, LungBox(low, high), choice)
+    here, there = (float(c.regions[Context.AORTA].sum()) * c.grid.voxel_ml for c in (coarse, other))
+    return there > 20.0 and there > 2.0 * here
 
 
 def _lungs_without_trachea(coarse: CoarseProbabilities) -> np.ndarray:
