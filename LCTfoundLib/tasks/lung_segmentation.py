@@ -307,10 +307,21 @@ def _find_trees(fine: FineProbabilities, coarse: CoarseProbabilities, progress: 
     progress.update(0.35)
     # The trees end at the heart: its blood looks like theirs.
     heart = resample(coarse.grid.with_array(coarse.regions[Context.HEART]), fine.grid) > 0.6
-    artery, vein = (np.where(heart, 0.0, fine.trees[index]).astype(np.float32) for index in (1, 2))
+    foreign = heart | _outside_lungs_and_hila(coarse, fine.grid)
+    artery, vein = (np.where(foreign, 0.0, fine.trees[index]).astype(np.float32) for index in (1, 2))
     vessels = separate_vessels(fine.grid.with_array(artery), vein, airway.graph)
     progress.done()
     return _Trees(airway, vessels)
+
+
+def _outside_lungs_and_hila(coarse: CoarseProbabilities, grid: Volume) -> np.ndarray:
+    """Where no pulmonary vessel can be, bool on ``grid``: a rib looks like one in a small tile.
+
+    Outside the lungs, vessels are believed only where the coarse net, which sees the whole chest, sees a tree too.
+    """
+    lungs = resample(coarse.grid.with_array(_lungs_without_trachea(coarse)), grid) > 0.5
+    seen = ndimage.binary_dilation(coarse.trees[1:].sum(axis=0) > 0.3)
+    return ~lungs & (resample(coarse.grid.with_array(seen), grid, order=0) == 0)
 
 
 # -- segments --------------------------------------------------------------------------------------------------------
