@@ -61,7 +61,8 @@ class TestEveryResult:
         codes = np.unique(result.segments.array)
         assert codes.max() <= 18
         x = result.segments.origin[0] + result.segments.spacing[0] * np.arange(result.segments.shape[2])
-        weight = [(np.isin(result.segments.array, np.flatnonzero(LOBE_OF_SEGMENT == lobe))).sum((0, 1)) for lobe in Lobe]
+        codes_of = [np.flatnonzero(LOBE_OF_SEGMENT == lobe) for lobe in Lobe]
+        weight = [np.isin(result.segments.array, wanted).sum((0, 1)) for wanted in codes_of]
         centers = [float((w * x).sum() / w.sum()) for w in weight]
         assert max(centers[:3]) < min(centers[3:])
 

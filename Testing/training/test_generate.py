@@ -32,7 +32,8 @@ def test_a_coarse_sample_names_all_segments_and_agrees_with_its_lobes(coarse: Sa
 def test_the_box_holds_the_lungs_and_little_more(coarse: Sample) -> None:
     k, j, i = np.nonzero(coarse.lobes)
     x = coarse.origin[0] + coarse.spacing[0] * i
-    assert x.min() == pytest.approx(coarse.box.low[0], abs=0.01) and x.max() == pytest.approx(coarse.box.high[0], abs=0.01)
+    assert x.min() == pytest.approx(coarse.box.low[0], abs=0.01)
+    assert x.max() == pytest.approx(coarse.box.high[0], abs=0.01)
     margin = coarse.lobes.shape[2] * coarse.spacing[0] - (coarse.box.high[0] - coarse.box.low[0])
     assert margin < 50
 

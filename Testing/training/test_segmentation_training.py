@@ -27,7 +27,8 @@ def pool(tmp_path: Path) -> Pool:
         trees = np.kron(rng.integers(0, 4, (4, 4, 4)), np.ones((4, 4, 4))).astype(np.uint8)
         ct = np.array([-900, -1000, 300, 50])[trees].astype(np.int16)
         lobes = np.broadcast_to(np.arange(16)[:, None, None] // 4 + 1, trees.shape).astype(np.uint8)
-        sample = Sample(ct, lobes, lobes, trees, trees, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), LungBox((0, 0, 0), (15, 15, 15)))
+        box = LungBox((0, 0, 0), (15, 15, 15))
+        sample = Sample(ct, lobes, lobes, trees, trees, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), box)
         pool.add(sample, f"{number}")
     return pool
 
