@@ -70,6 +70,16 @@ class Trainer:
         seed = 100_000 * int(config.get("seed", 0)) + 1_000 * rank + self.step
         self.dataset = SampleDataset(pool, self.patch, seed)  # type: ignore[arg-type]
 
+    def start_from(self, weights: Path) -> None:
+        """Begin with a shipped weight of the same name; a run that has begun keeps its own."""
+        if self.step:
+            return
+        from LCTfoundLib.weights.registry import load_weight  # needs safetensors, which a bare trainer does not
+
+        _, state = load_weight(self.config["name"], weights)
+        self.network.load_state_dict(state, strict=False)  # the auxiliary heads are not shipped
+        self.ema = {key: value.detach().clone() for key, value in self.network.state_dict().items()}
+
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def fit(
@@ -268,6 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of checkpoint and log")
     parser.add_argument("--validation", type=Path, help="pool of held-out samples")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop (and anneal the rate) after this time")
+    parser.add_argument("--start-from", type=Path, help="folder of a shipped weight to begin with")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads")
     options = parser.parse_args(arguments)
@@ -275,7 +286,10 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     config = tomllib.loads(options.config.read_text())
     validation = Pool(options.validation) if options.validation else None
-    Trainer(config, Pool(options.pool), options.run, validation).fit(options.minutes * 60, options.workers)
+    trainer = Trainer(config, Pool(options.pool), options.run, validation)
+    if options.start_from:
+        trainer.start_from(options.start_from)
+    trainer.fit(options.minutes * 60, options.workers)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,9 @@ def test_the_exported_weight_is_the_average_and_loads_in_the_engine(
     network = UNet3D(UNet3DConfig.from_dict(card.architecture_parameters))
     network.load_state_dict(state, strict=False)
     assert card.classes[:4] == ("background", "airway", "artery", "vein") and card.training["steps"] == 4
+    again = Trainer(config, pool, tmp_path / "second run")
+    again.start_from(tmp_path / "weights")
     for key, value in network.state_dict().items():
         if value.is_floating_point():
             torch.testing.assert_close(value, trainer.ema[key], rtol=2e-3, atol=1e-4)
+            torch.testing.assert_close(again.network.state_dict()[key], value)
