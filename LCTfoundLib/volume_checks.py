@@ -143,7 +143,10 @@ def _is_offset(sample: np.ndarray) -> bool:
     # In a CT fat and muscle make a narrow peak, and little lies between it and the lung; in MR the values spread.
     peak = float(np.mean((hu > -140) & (hu < 110)))
     between, above = float(np.mean((hu > -500) & (hu < -200))), float(np.mean(hu > 200))
-    return shares.like_ct and peak > 0.7 * shares.soft and shares.soft > 2 * between and shares.soft > 2 * above
+    # In MR the lungs are as dark as the air around the patient; in a CT they are some 100 HU brighter.
+    dark, lung = float(np.mean(hu < -500)), float(np.mean((hu > -880) & (hu < -600)))
+    narrow = peak > 0.7 * shares.soft and shares.soft > 2 * between and shares.soft > 2 * above
+    return shares.like_ct and narrow and lung > 0.12 * dark
 
 
 def _subtract(array: np.ndarray, value: int) -> None:
