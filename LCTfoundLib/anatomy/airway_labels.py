@@ -376,8 +376,13 @@ def _supplied(graph: TreeGraph) -> list[frozenset[int]]:
     return [frozenset(s) for s in sets]
 
 
-def _tracheal_bronchus(tree: LabeledTree, above_mm: float = 5.0) -> Finding | None:
-    """A branch to one right upper segment (or the whole lobe) that leaves the trachea above the carina."""
+def _tracheal_bronchus(
+    tree: LabeledTree, above_mm: float = 5.0, below_mm: float = 40.0, least_mm: float = 20.0
+) -> Finding | None:
+    """A branch to an upper lobe that leaves the trachea ``above_mm`` to ``below_mm`` above the carina.
+
+    Nearly all leave within 20 mm; one of less than ``least_mm`` with all that comes from it is a spur of the trachea.
+    """
     carina = carina_node(tree)
     if carina is None:
         return None
@@ -392,8 +397,18 @@ def _tracheal_bronchus(tree: LabeledTree, above_mm: float = 5.0) -> Finding | No
         if parent < 0 or int(parent) not in on_trachea or node in on_trachea:
             continue
         height = float(graph.points[parent][2] - graph.points[carina][2])
-        if int(parent) != carina and height > above_mm and supplied[node] and supplied[node] <= upper:
+        plausible = above_mm < height <= below_mm and _length_below(graph, node) >= least_mm
+        if int(parent) != carina and plausible and supplied[node] and supplied[node] <= upper:
             names = ", ".join(segment_by_code(code).short for code in sorted(supplied[node]))
             sentence = f"Variant: a tracheal bronchus leaves {height:.0f} mm above the carina and supplies {names}."
             return Finding(Severity.NOTE, "airway", sentence)
     return None
+
+
+def _length_below(graph: TreeGraph, node: int) -> float:
+    """mm of centerline from a node's parent through the node to all tips."""
+    below = np.zeros(len(graph), dtype=bool)
+    below[node] = True
+    for child in range(node + 1, len(graph)):
+        below[child] = graph.parent[child] >= 0 and below[graph.parent[child]]
+    return float(graph.lengths()[below].sum())
