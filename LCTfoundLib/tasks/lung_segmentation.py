@@ -7,6 +7,7 @@ Coarse net (3 mm, whole chest) -> fine net (0.8-1.5 mm, lungs and hila) -> skele
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -16,32 +17,23 @@ import numpy as np
 from scipy import ndimage
 
 import LCTfoundLib
-from LCTfoundLib.anatomy.airway_labels import LabeledTree, airway_findings, label_airway, label_artery
+from LCTfoundLib.anatomy.airway_labels import label_airway, label_artery
 from LCTfoundLib.anatomy.graph import TreeGraph
 from LCTfoundLib.anatomy.lungs import find_lungs, refine_lungs
-from LCTfoundLib.anatomy.masks import Probabilities, bounding_box, close_ball, crop, resample
+from LCTfoundLib.anatomy.masks import Probabilities, close_ball, resample
 from LCTfoundLib.anatomy.quality import (
     Finding,
     Severity,
-    check_agreement,
     check_image,
     check_laterality,
     check_lobe_volumes,
-    check_segments,
     check_trees,
     check_truncation,
-    region_confidence,
     tree_confidence,
 )
 from LCTfoundLib.anatomy.repair import AirwayTree, repair_airway
-from LCTfoundLib.anatomy.structures import LOBE_OF_SEGMENT, STRUCTURES, Context, Tree, segment_by_code
-from LCTfoundLib.anatomy.territories import (
-    Territories,
-    connect_labels,
-    lobe_probabilities,
-    smooth_lobes,
-    territories,
-)
+from LCTfoundLib.anatomy.structures import LOBE_OF_SEGMENT, STRUCTURES, Context, Tree
+from LCTfoundLib.anatomy.territories import connect_labels, lobe_probabilities, smooth_lobes
 from LCTfoundLib.anatomy.vessels import Vessels, separate_vessels
 from LCTfoundLib.errors import UnsuitableImage
 from LCTfoundLib.networks.inputs import LungBox
@@ -57,6 +49,8 @@ from LCTfoundLib.networks.lung import (
 )
 from LCTfoundLib.runtime.device import DeviceChoice, choose_device
 from LCTfoundLib.runtime.progress import Progress
+from LCTfoundLib.tasks.segments import divide, judge, rounded_prior, tile_lobes, variants
+from LCTfoundLib.tasks.state import LungState
 from LCTfoundLib.volume import Volume
 
 __all__ = ["LungRequest", "LungResult", "Quality", "segment_lungs"]
@@ -125,6 +119,7 @@ class LungResult:
         findings: most severe first.
         graphs: centerlines by tree, LPS mm of the input's world.
         provenance: weights, versions, settings, seconds per step.
+        state: what ``relabel`` needs to name branches otherwise.
     """
 
     segments: Volume
@@ -133,15 +128,22 @@ class LungResult:
     findings: list[Finding]
     graphs: dict[Tree, TreeGraph] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    state: LungState | None = None
 
 
-def segment_lungs(ct: Volume, request: LungRequest | None = None, progress: Progress | None = None) -> LungResult:
+def segment_lungs(
+    ct: Volume,
+    request: LungRequest | None = None,
+    progress: Progress | None = None,
+    load: Callable[[str, Path | None], LoadedNet] = load_net,
+) -> LungResult:
     """Segment the 21 structures of a chest CT.
 
     Args:
         ct: HU, any orientation; checked by ``volume_io.check_ct``.
         request: quality, device, weights.
         progress: told about stages; stops the run when cancelled.
+        load: gives the nets by name and folder; a worker keeps them between its jobs.
 
     Raises:
         UnsuitableImage: no lungs in view.
@@ -163,7 +165,7 @@ def segment_lungs(ct: Volume, request: LungRequest | None = None, progress: Prog
     loading, coarse_step, fine_step, tree_step, segment_step, last_step = steps
     loading.update(0.0)
     choice = choose_device(request.device)
-    nets = load_net(COARSE, request.weights_folder), load_net(FINE, request.weights_folder)
+    nets = load(COARSE, request.weights_folder), load(FINE, request.weights_folder)
     upright = ct.resample_canonical()
     clock.lap("loading")
     coarse, box = _coarse(nets[0], upright, choice, coarse_step)
@@ -178,13 +180,14 @@ def segment_lungs(ct: Volume, request: LungRequest | None = None, progress: Prog
     parts = _find_segments(work, fine, coarse, trees, segment_step)
     clock.lap("segments")
     last_step.update(0.0)
-    result = _on_input_grid(ct, upright, work, coarse, trees, parts)
-    if mirrored:
-        result.findings.insert(0, _MIRRORED)
+    state = _state(ct, trees, parts)
+    findings, state.confidence = _judged(upright, coarse, trees, parts, state)
+    state.findings = [_MIRRORED, *findings] if mirrored else findings
+    segments, labels = _on_input_grid(state)
     clock.lap("original grid")
-    result.provenance = _provenance(request, choice, nets, plan, clock)
+    state.provenance = _provenance(request, choice, nets, plan, clock)
     last_step.done()
-    return result
+    return LungResult(segments, labels, state.confidence, state.findings, state.graphs, state.provenance, state)
 
 
 # -- networks --------------------------------------------------------------------------------------------------------
@@ -351,12 +354,10 @@ def _outside_lungs_and_hila(coarse: CoarseProbabilities, grid: Volume) -> np.nda
 class _Segments:
     """Segments on the working grid, and what led to them."""
 
-    segments: np.ndarray
-    lobes: np.ndarray
-    airway: LabeledTree
-    artery: LabeledTree
+    segments: Volume
+    lobes: Volume
+    graphs: dict[Tree, TreeGraph]
     prior: Probabilities
-    territories: Territories
 
 
 def _find_segments(
@@ -366,15 +367,17 @@ def _find_segments(
     lungs = refine_lungs(work, coarse.grid.with_array(_lungs_without_trachea(coarse)), trees.airway.mask)
     progress.update(0.25)
     prior = Probabilities(coarse.grid, coarse.regions)
-    lobes = smooth_lobes(_fused_lobes(fine, lobe_probabilities(prior)), work.with_array(lungs), smooth_mm=0.8)
+    fused = _fused_lobes(fine, lobe_probabilities(prior))
+    lobes = work.with_array(smooth_lobes(fused, work.with_array(lungs), smooth_mm=0.8))
     progress.update(0.5)
-    lobe_map = work.with_array(lobes)
-    airway = label_airway(trees.airway.graph, lobe_map, prior)
-    artery = label_artery(trees.vessels.artery.graph, airway.graph, lobe_map, prior)
+    airway = label_airway(trees.airway.graph, lobes, prior).graph
+    artery = label_artery(trees.vessels.artery.graph, airway, lobes, prior).graph
+    graphs = {Tree.AIRWAY: airway, Tree.ARTERY: artery, Tree.VEIN: trees.vessels.vein.graph}
     progress.update(0.7)
-    divided = territories(lobe_map, [airway.graph, artery.graph], prior)
+    kept = rounded_prior(prior)
+    segments = work.with_array(divide(lobes, graphs, kept))
     progress.done()
-    return _Segments(divided.segments, lobes, airway, artery, prior, divided)
+    return _Segments(segments, lobes, graphs, kept)
 
 
 def _fused_lobes(fine: FineProbabilities, coarse: Probabilities) -> Probabilities:
@@ -395,57 +398,40 @@ def _fused_lobes(fine: FineProbabilities, coarse: Probabilities) -> Probabilitie
 # -- result ----------------------------------------------------------------------------------------------------------
 
 
-def _on_input_grid(
-    ct: Volume, upright: Volume, work: Volume, coarse: CoarseProbabilities, trees: _Trees, parts: _Segments
-) -> LungResult:
-    segments = work.with_array(parts.segments).restore_to(ct)
-    segments.array = connect_labels(segments.array, segments.array > 0)
-    labels = work.with_array(trees.labels).restore_to(ct)
-    graphs = trees.graphs | {Tree.AIRWAY: parts.airway.graph, Tree.ARTERY: parts.artery.graph}
-    findings, agreement = _findings(upright, work, coarse, trees, parts)
-    confidence = {
-        segment_by_code(code).key: value
-        for code, value in region_confidence(work.with_array(parts.segments), parts.prior, agreement).items()
-    }
+def _state(ct: Volume, trees: _Trees, parts: _Segments) -> LungState:
+    grid = Volume(np.broadcast_to(np.uint8(0), ct.shape), ct.spacing, ct.origin, ct.direction)
+    return LungState(grid, parts.segments, parts.segments.with_array(trees.labels), parts.prior, parts.graphs)
+
+
+def _on_input_grid(state: LungState) -> tuple[Volume, Volume]:
+    """Segments and trees on the input's grid; the state remembers what had to be mended there."""
+    restored = state.segments.restore_to(state.grid)
+    lobes = connect_labels(LOBE_OF_SEGMENT[restored.array], restored.array > 0)
+    segments = restored.with_array(tile_lobes(restored.array, lobes))
+    state.correct(segments.array, restored.array)
+    return segments, state.trees_on_input_grid()
+
+
+def _judged(
+    upright: Volume, coarse: CoarseProbabilities, trees: _Trees, parts: _Segments, state: LungState
+) -> tuple[list[Finding], dict[str, float]]:
+    """Everything a reader has to know, most severe first, and the confidence of all structures."""
+    lungs = parts.lobes.with_array(parts.lobes.array > 0).restore_to(upright).array
+    context = coarse.grid.with_array(coarse.regions.argmax(axis=0).astype(np.uint8))
+    on_segments, confidence = judge(state.segments, state.prior)
+    findings = [
+        *check_image(upright, lungs),
+        *check_truncation(lungs, upright.spacing),
+        *check_laterality(parts.lobes, context),
+        *check_lobe_volumes(parts.lobes.array),
+        *check_trees(state.trees.array, state.trees.spacing, parts.lobes.array),
+        *on_segments,
+        *variants(state.graphs[Tree.AIRWAY]),
+    ]
     for structure in STRUCTURES[18:]:
         assert structure.tree is not None
         confidence[structure.key] = tree_confidence(trees.graphs[structure.tree])
-    return LungResult(segments, labels, confidence, findings, graphs)
-
-
-def _findings(
-    upright: Volume, work: Volume, coarse: CoarseProbabilities, trees: _Trees, parts: _Segments
-) -> tuple[list[Finding], dict[int, float]]:
-    """Everything a reader has to know, most severe first, and the agreement of nets and trees per segment."""
-    lungs = work.with_array(parts.lobes > 0)
-    context = coarse.grid.with_array(coarse.regions.argmax(axis=0).astype(np.uint8))
-    disagree, agreement = check_agreement(parts.segments, _coarse_segments(parts, work))
-    findings = [
-        *check_image(upright, lungs.restore_to(upright).array),
-        *check_truncation(lungs.restore_to(upright).array, upright.spacing),
-        *check_laterality(work.with_array(parts.lobes), context),
-        *check_lobe_volumes(parts.lobes),
-        *check_trees(trees.labels, work.spacing, parts.lobes),
-        *check_segments(parts.segments, work.spacing),
-        *disagree,
-        *airway_findings(parts.airway),
-    ]
-    return sorted(findings, key=lambda finding: -finding.severity), agreement
-
-
-def _coarse_segments(parts: _Segments, work: Volume) -> np.ndarray:
-    """The coarse net's own segments within the final lobes, on the working grid."""
-    best = np.full(work.shape, -1.0, dtype=np.float32)
-    codes = np.zeros(work.shape, dtype=np.uint8)
-    for code in range(1, len(LOBE_OF_SEGMENT)):
-        box = bounding_box(parts.lobes == LOBE_OF_SEGMENT[code])
-        if box is None:
-            continue
-        values = resample(parts.prior.channel(code), crop(work, box))
-        better = (values > best[box]) & (parts.lobes[box] == LOBE_OF_SEGMENT[code])
-        best[box][better] = values[better]
-        codes[box][better] = code
-    return codes
+    return sorted(findings, key=lambda finding: -finding.severity), confidence
 
 
 def _provenance(
