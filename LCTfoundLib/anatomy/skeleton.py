@@ -31,7 +31,7 @@ class SkeletonRule:
 
     Attributes:
         spur_radii: a terminal branch shorter than this many radii of where it leaves its parent ...
-        spur_voxels: ... plus this many voxels is a spur of the thinning, not a branch.
+        spur_voxels: ... plus this many voxels (of their longest side) is a spur of the thinning, not a branch.
         smooth_mm: how far the centerline is smoothed, as the sigma of a Gaussian along it; 0 leaves voxel centers.
     """
 
@@ -68,7 +68,9 @@ def skeleton_graph(mask: Volume, root: np.ndarray | None = None, rule: SkeletonR
     radius = border.query(points)[0]
     edges = _spanning_edges(index, inside.shape, points, radius)
     graph = _rooted(points, radius, edges, root)
-    graph = prune_spurs(graph, rule.spur_radii, rule.spur_voxels * min(mask.spacing))
+    # A spur is a few voxels in any direction, so the longest side of a voxel is what it may reach: with the shortest one,
+    # spurs across thick slices stayed (0.7 x 0.7 x 2.5 mm: 12 false branches in a tree of 15; with the longest 0.7).
+    graph = prune_spurs(graph, rule.spur_radii, rule.spur_voxels * max(mask.spacing))
     if rule.smooth_mm > 0:
         graph.points = smooth_points(graph, rule.smooth_mm)
     graph, like = _extended_to_the_ends(graph, part)

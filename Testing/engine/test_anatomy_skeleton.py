@@ -24,18 +24,32 @@ def _small_tree(rng: np.random.Generator, spacing=1.0) -> tuple[TreeGraph, Volum
     return tree, grid.with_array(rasterize(tree, grid))
 
 
-@pytest.mark.parametrize("spacing", [1.0, (0.8, 0.8, 1.6)])
-def test_a_rasterized_tree_comes_back(rng: np.random.Generator, spacing) -> None:  # type: ignore[no-untyped-def]
-    tree, mask = _small_tree(rng, spacing)
+@pytest.mark.parametrize("spacing", [1.0, (0.8, 0.8, 1.6), (0.7, 0.7, 2.5)])
+def test_rasterized_trees_come_back(rng: np.random.Generator, spacing) -> None:  # type: ignore[no-untyped-def]
+    """Means over eight trees, each bound at least four standard errors off what 100 trees had."""
+    measured = np.array([_compared(*_small_tree(rng, spacing)) for _ in range(8)])
+    branches, generations, length, away = measured.mean(axis=0)
+    assert branches <= 2.0, "of 15; 0 to 0.7 measured"
+    assert generations <= 1.0, "0 to 0.3 measured"
+    assert length == pytest.approx(1.0, abs=0.06), "0.97 to 1.02 measured"
+    assert away < 1.5, "voxels; 0.8 to 1.2 measured"
+
+
+def _compared(tree: TreeGraph, mask: Volume) -> tuple[float, float, float, float]:
+    """Branches and generations too many or too few, ratio of lengths, and the distance of 95% of nodes in voxels."""
     found = skeleton_graph(mask, tree.points[0])
     assert (found.parent < 0).sum() == 1
     assert (found.parent < np.arange(len(found))).all(), "a parent comes before its children"
-    assert abs(len(found.branches()) - len(tree.branches())) <= 3
-    assert found.lengths().sum() == pytest.approx(tree.lengths().sum(), rel=0.1)
-    away, _ = cKDTree(tree.points).query(found.points)
-    assert np.percentile(away, 95) < 1.5 * max(mask.spacing)
     assert np.linalg.norm(found.points[0] - tree.points[0]) < 6.0, "it begins at the given root"
-    assert abs(found.generation.max() - tree.generation.max()) <= 1
+    # The mask has a half ball of the tube's radius at each free end, and centerlines go on to where the mask ends.
+    caps = tree.radius[tree.child_counts() == 0].sum() + tree.radius[0]
+    away, _ = cKDTree(tree.points).query(found.points)
+    return (
+        abs(len(found.branches()) - len(tree.branches())),
+        abs(found.generation.max() - tree.generation.max()),
+        found.lengths().sum() / (tree.lengths().sum() + caps),
+        np.percentile(away, 95) / max(mask.spacing),
+    )
 
 
 def test_radii_are_those_of_the_tubes(rng: np.random.Generator) -> None:
