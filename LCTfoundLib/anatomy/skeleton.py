@@ -68,8 +68,8 @@ def skeleton_graph(mask: Volume, root: np.ndarray | None = None, rule: SkeletonR
     radius = border.query(points)[0]
     edges = _spanning_edges(index, inside.shape, points, radius)
     graph = _rooted(points, radius, edges, root)
-    # A spur is a few voxels in any direction, so the longest side of a voxel is what it may reach: with the shortest one,
-    # spurs across thick slices stayed (0.7 x 0.7 x 2.5 mm: 12 false branches in a tree of 15; with the longest 0.7).
+    # A spur is a few voxels in any direction, so a voxel's longest side is what counts: with the shortest one, spurs
+    # across thick slices stayed (at 0.7 x 0.7 x 2.5 mm 12 false branches in a tree of 15, with the longest 0.6).
     graph = prune_spurs(graph, rule.spur_radii, rule.spur_voxels * max(mask.spacing))
     if rule.smooth_mm > 0:
         graph.points = smooth_points(graph, rule.smooth_mm)
