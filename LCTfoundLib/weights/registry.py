@@ -2,6 +2,9 @@
 
 Only safetensors are read: a pickled file can run code when it is opened. A file whose checksum differs from its card's
 is refused.
+
+Listing and checking need nothing but Python, so that a program whose torch is not installed yet can show its weights;
+torch and safetensors are imported where tensors are read or written.
 """
 
 from __future__ import annotations
@@ -13,18 +16,17 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from LCTfoundLib.errors import WeightError
 from LCTfoundLib.runtime.files import atomic_path
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",
@@ -36,8 +38,10 @@ __all__ = [
     "load_weight",
     "save_weight",
     "search_folders",
+    "shipped_folders",
     "user_folder",
     "verify",
+    "verify_in_steps",
 ]
 
 #: More folders to look into, separated like PATH.
@@ -47,6 +51,8 @@ _SUFFIX = ".safetensors"
 _PICKLED = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _MAX_CARD_BYTES = 1_000_000
 _MAX_WEIGHT_BYTES = 4 * 2**30
+#: Read at once while a checksum is computed: some 10 ms, so that a window that checks step by step stays alive.
+_STEP_BYTES = 16 * 2**20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -139,16 +145,21 @@ def user_folder() -> Path:
     return root / "LCTfound" / "Weights"
 
 
+def shipped_folders() -> list[Path]:
+    """Where weights that came with the program lie; nobody but an update of the program changes them."""
+    package = Path(__file__).resolve().parent.parent
+    return [package / "Resources" / "Weights", package.parent / "Resources" / "Weights"]
+
+
 def search_folders(folder: Path | str | None = None) -> list[Path]:
     """Existing folders in the order they are looked into.
 
     An explicit folder, then those of the environment variable ``LCTFOUND_WEIGHTS``, the user's folder, and what came
     with the program: in the package when it is installed, beside it in a clone and in Slicer's module folder.
     """
-    package = Path(__file__).resolve().parent.parent
     candidates = [Path(folder)] if folder is not None else []
     candidates += [Path(part) for part in os.environ.get(ENVIRONMENT_VARIABLE, "").split(os.pathsep) if part]
-    candidates += [user_folder(), package / "Resources" / "Weights", package.parent / "Resources" / "Weights"]
+    candidates += [user_folder(), *shipped_folders()]
     return list(dict.fromkeys(path for path in candidates if path.is_dir()))
 
 
@@ -201,6 +212,9 @@ def load_weight(name: str, folder: Path | str | None = None) -> tuple[Card, dict
     Raises:
         WeightError: missing, damaged, or not what its card says.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     path = _find(name, folder)
     card = load_card(_card_path(path))
     if card.name != name:
@@ -216,10 +230,31 @@ def load_weight(name: str, folder: Path | str | None = None) -> tuple[Card, dict
 
 def verify(entry: WeightEntry) -> str:
     """What is wrong with a weight that was found, its checksum included; empty when nothing is."""
+    steps = verify_in_steps(entry)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def verify_in_steps(entry: WeightEntry) -> Generator[float, None, str]:
+    """:func:`verify` piece by piece, for a window that must not stand still.
+
+    Yields:
+        The fraction done, 0 to 1; the generator's return value is what is wrong, empty when nothing is.
+    """
     if entry.card is None or entry.problem:
         return entry.problem
     try:
-        _checked_content(entry.path, entry.card)
+        _check_size(entry.path, entry.card)
+        digest, done = hashlib.sha256(), 0
+        with _readable(entry.path), entry.path.open("rb") as file:
+            while piece := file.read(_STEP_BYTES):
+                digest.update(piece)
+                done += len(piece)
+                yield done / entry.card.bytes
+        _check_digest(entry.path, entry.card, digest.hexdigest())
     except WeightError as error:
         return str(error)
     return ""
@@ -240,6 +275,8 @@ def save_weight(state_dict: Mapping[str, Tensor], card: Card, folder: Path | str
         ValueError: the name cannot be a file name, or a value does not fit float16 or is not finite.
         OutputError: the folder cannot be written.
     """
+    from safetensors.torch import save
+
     if not _NAME.fullmatch(card.name):
         raise ValueError(f"'{card.name}' cannot be the name of a weight")
     content = save({key: _half(key, tensor) for key, tensor in state_dict.items()}, {"format": "pt"})
@@ -284,25 +321,45 @@ def _find(name: str, folder: Path | str | None) -> Path:
 
 def _checked_content(path: Path, card: Card) -> bytes:
     """The file's bytes, read once, so that what was checked is what is loaded."""
-    try:
-        size = path.stat().st_size
-        if size > _MAX_WEIGHT_BYTES:
-            raise WeightError(f"The weight {path} is larger than 4 GB; get it again.")
-        if size != card.bytes:
-            raise WeightError(f"The weight {path} has {size} bytes instead of {card.bytes}: damaged; get it again.")
+    _check_size(path, card)
+    with _readable(path):
         content = path.read_bytes()
-    except OSError as error:
-        raise WeightError(f"The weight {path} cannot be read ({error.strerror}); check its permissions.") from error
-    if hashlib.sha256(content).hexdigest() != card.sha256:
-        raise WeightError(f"The weight {path} does not match its card's checksum: damaged or changed; get it again.")
+    _check_digest(path, card, hashlib.sha256(content).hexdigest())
     return content
 
 
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn the system's errors of reading into a ``WeightError`` with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise WeightError(f"The weight {path} cannot be read ({error.strerror}); check its permissions.") from error
+
+
+def _check_size(path: Path, card: Card) -> None:
+    with _readable(path):
+        size = path.stat().st_size
+    if size > _MAX_WEIGHT_BYTES:
+        raise WeightError(f"The weight {path} is larger than 4 GB; get it again.")
+    if size != card.bytes:
+        raise WeightError(f"The weight {path} has {size} bytes instead of {card.bytes}: damaged; get it again.")
+
+
+def _check_digest(path: Path, card: Card, digest: str) -> None:
+    if digest != card.sha256:
+        raise WeightError(f"The weight {path} does not match its card's checksum: damaged or changed; get it again.")
+
+
 def _single(tensor: Tensor) -> Tensor:
+    import torch
+
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _half(key: str, tensor: Tensor) -> Tensor:
+    import torch
+
     tensor = tensor.detach().to("cpu").contiguous().clone()  # safetensors refuses tensors that share memory
     if not tensor.is_floating_point():
         return tensor

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +24,10 @@ from LCTfoundLib.weights.registry import (
     save_weight,
     search_folders,
     verify,
+    verify_in_steps,
 )
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -259,3 +264,24 @@ def test_the_users_folder_follows_the_platform(monkeypatch, tmp_path):
     assert registry.user_folder() == tmp_path / "Local" / "LCTfound" / "Weights"
     monkeypatch.setattr("sys.platform", "darwin")
     assert "Application Support" in str(registry.user_folder())
+
+
+class TestWithoutTorch:
+    def test_weights_are_listed_and_checked_where_torch_cannot_be_imported(self, tmp_path):
+        save_weight(a_state(), a_card(), tmp_path)
+        code = (
+            "import sys; sys.modules['torch'] = sys.modules['safetensors'] = None\n"
+            "from LCTfoundLib.weights.registry import list_weights, verify\n"
+            f"print([(e.name, verify(e)) for e in list_weights([{str(tmp_path)!r}])])"
+        )
+        answer = subprocess.run(
+            [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+        )
+        assert answer.stdout.strip() == "[('toy', '')]", answer.stderr
+
+    def test_a_check_in_steps_tells_its_progress(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(registry, "_STEP_BYTES", 1000)
+        save_weight({"x": torch.zeros(2000)}, a_card(), tmp_path)
+        (entry,) = list_weights([tmp_path])
+        fractions = list(verify_in_steps(entry))
+        assert len(fractions) == 5 and fractions == sorted(fractions) and fractions[-1] == 1.0
