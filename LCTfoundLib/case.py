@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from LCTfoundLib import __version__
 from LCTfoundLib.errors import OutputError, UnsuitableImage
+from LCTfoundLib.export.options import TRIANGLES, ExportOptions, Format
 from LCTfoundLib.export.output_folder import MANIFEST
 from LCTfoundLib.runtime.files import atomic_path, output_errors
 from LCTfoundLib.runtime.progress import Progress
@@ -60,12 +61,39 @@ class CaseOptions:
         quality: ``fast``, ``standard`` or ``full``.
         formats: export formats; empty = all.
         weights_folder: other place of the weights.
+        structures: keys of the structures, lobes or lungs to export; empty = the 21 structures.
+        triangles: of all models together.
+        frame: of the models, ``LPS`` or ``RAS``.
+        single_file: one model file with all structures instead of one for each.
+
+    Raises:
+        LCTfoundError: there is no such format, structure or frame, or there are too few triangles.
     """
 
     device: str = "auto"
     quality: str = "standard"
     formats: tuple[str, ...] = ()
     weights_folder: Path | None = None
+    structures: tuple[str, ...] = ()
+    triangles: int = TRIANGLES
+    frame: str = "LPS"
+    single_file: bool = False
+
+    def __post_init__(self) -> None:
+        self.export_options()
+
+    def export_options(self, source: Path | None = None) -> ExportOptions:
+        """What to export of the study at ``source``."""
+        return ExportOptions.parse(
+            {
+                "formats": self.formats,
+                "structures": self.structures or None,
+                "triangles": self.triangles,
+                "frame": self.frame,
+                "single_file": self.single_file,
+                "source_dicom": [source] if source and _is_dicom(source) else [],
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -75,14 +103,14 @@ class Engine:
     Attributes:
         read: file or folder -> checked CT.
         segment: CT -> result on the CT's own grid.
-        export: (ct, result, case name, folder, formats, progress) writes the files, all or nothing, and returns the
+        export: (ct, result, case name, folder, options, progress) writes the files, all or nothing, and returns the
             path of the manifest.
         identity: what else decides the result: engine version and checksums of the weights.
     """
 
     read: Callable[[Path, Progress], Volume]
     segment: Callable[[Volume, CaseOptions, Progress], LungResult]
-    export: Callable[[Volume, LungResult, str, Path, tuple[str, ...], Progress], Path]
+    export: Callable[[Volume, LungResult, str, Path, ExportOptions, Progress], Path]
     identity: Callable[[CaseOptions], Mapping[str, str]]
 
 
@@ -133,12 +161,13 @@ def run_case(
     if not source.exists():
         raise UnsuitableImage(f"There is no file or folder {source}; check the path of the CT.")
     _check_target(target, overwrite)
-    case, clock = name or case_name(source), _Clock()
+    case, clock, to_export = name or case_name(source), _Clock(), options.export_options(source)
     reading, segmenting, exporting = Progress.of(progress).split(_SHARES)
     reading.update(0.0)
     ct = clock.time("read", lambda: engine.read(source, reading))
+    _check_export(ct, to_export)
     result = clock.time("segment", lambda: engine.segment(ct, options, segmenting))
-    manifest = clock.time("export", lambda: engine.export(ct, result, case, target, options.formats, exporting))
+    manifest = clock.time("export", lambda: engine.export(ct, result, case, target, to_export, exporting))
     record = _record(case, source, options, engine, result, manifest, clock, warnings_of(ct))
     with atomic_path(target / RECORD) as staging:
         staging.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
@@ -219,6 +248,20 @@ def _check_target(target: Path, overwrite: bool) -> None:
         tempfile.TemporaryDirectory(dir=place).cleanup()
 
 
+def _check_export(ct: Volume, options: ExportOptions) -> None:
+    """Refuse before the long work a DICOM SEG that could not be written after it."""
+    if options.requires(Format.DICOM_SEG):
+        from LCTfoundLib.export.dicom_seg import check_source
+
+        check_source(ct, options.source_dicom)
+
+
+def _is_dicom(source: Path) -> bool:
+    from LCTfoundLib.volume_dicom import is_dicom_file
+
+    return source.is_dir() or source.suffix.lower() == ".dcm" or is_dicom_file(source)
+
+
 def _plain(options: CaseOptions) -> dict[str, Any]:
     formats, folder = list(options.formats), str(options.weights_folder or "")
     return asdict(options) | {"formats": formats, "weights_folder": folder}
@@ -262,12 +305,12 @@ def real_engine() -> Engine:
         )
 
     def export(
-        ct: Volume, result: LungResult, case: str, folder: Path, formats: tuple[str, ...], progress: Progress
+        ct: Volume, result: LungResult, case: str, folder: Path, options: ExportOptions, progress: Progress
     ) -> Path:
         content = LungExport(
             case, result.segments, result.trees, ct, result.confidence, result.findings, result.provenance
         )
-        return export_all(content, folder, formats, progress)
+        return export_all(content, folder, options, progress)
 
     return Engine(read_ct, segment, export, _identity)
 

@@ -26,6 +26,7 @@ from typing import Any, TextIO
 import LCTfoundLib
 from LCTfoundLib.case import CaseOptions, CaseRecord, Engine, real_engine, run_case
 from LCTfoundLib.errors import Cancelled, LCTfoundError
+from LCTfoundLib.export.options import TRIANGLES, Frame
 from LCTfoundLib.runtime.progress import CancelToken, JsonLines, Progress, Report
 
 __all__ = ["ExitCode", "main"]
@@ -190,6 +191,10 @@ def _add_case_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="default: the fastest")
     parser.add_argument("--quality", choices=["fast", "standard", "full"], default="standard")
     parser.add_argument("--format", default="", metavar="A,B,...", help="what to write (default: all)")
+    parser.add_argument("--structures", default="", metavar="A,B,...", help="keys of the volumes table (default: 21)")
+    parser.add_argument("--triangles", type=int, default=TRIANGLES, help="of all models (default: %(default)s)")
+    parser.add_argument("--frame", choices=list(Frame), default=Frame.LPS, help="of the models (default: %(default)s)")
+    parser.add_argument("--single-file", action="store_true", help="one model file with all structures")
 
 
 def _add_segment_lungs(commands: Any) -> None:
@@ -219,8 +224,21 @@ def _add_weights(commands: Any) -> None:
 
 
 def _options(arguments: argparse.Namespace) -> CaseOptions:
-    formats = tuple(part.strip() for part in arguments.format.split(",") if part.strip())
-    return CaseOptions(arguments.device, arguments.quality, formats, arguments.weights_folder)
+    return CaseOptions(
+        arguments.device,
+        arguments.quality,
+        _listed(arguments.format),
+        arguments.weights_folder,
+        _listed(arguments.structures),
+        arguments.triangles,
+        arguments.frame,
+        arguments.single_file,
+    )
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    """The parts of a text with commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _segment_lungs(arguments: argparse.Namespace, console: Console, engine: Engine | None) -> int:

@@ -23,7 +23,7 @@ from LCTfoundLib.errors import Cancelled, UnsuitableImage
 from LCTfoundLib.runtime.progress import Progress
 from LCTfoundLib.volume import AIR, Volume
 
-__all__ = ["MAX_VOXELS", "is_dicom_file", "read_dicom"]
+__all__ = ["MAX_VOXELS", "SourceSeries", "is_dicom_file", "read_dicom", "source_series"]
 
 #: Larger images are refused before memory is asked for (int16: 3 GB).
 MAX_VOXELS = 1_500_000_000
@@ -124,19 +124,56 @@ def read_dicom(path: Path, progress: Progress | None = None) -> Volume:
         Cancelled: the user stopped.
     """
     scanning, reading = Progress.of(progress).split({"Looking through the files": 1, "Reading the slices": 2})
-    found = _scan(path, scanning)
-    groups = _groups(_only_ct(found, path))
-    chosen = max(groups, key=_preference)
     warnings: list[str] = []
-    slices = _one_image_per_place(_with_series_whole(chosen, groups, warnings), warnings)
-    if len(slices) < 2:
-        raise UnsuitableImage(f"{path} holds a single slice; give the folder with all slices of the chest CT.")
+    slices, groups = _chosen_slices([path], warnings, scanning)
     return _Stack(slices, warnings).volume(_metadata(slices, groups), reading)
 
 
-def _scan(path: Path, progress: Progress) -> list[_Slice]:
+@dataclass(frozen=True)
+class SourceSeries:
+    """The images whose pixels are a volume's planes.
+
+    Attributes:
+        images: for each plane k its file, and the number of its frame from 0 (None in a file of one image).
+        grid: the grid of the volume, without values.
+    """
+
+    images: tuple[tuple[Path, int | None], ...]
+    grid: Volume
+
+
+def source_series(places: Sequence[Path]) -> SourceSeries:
+    """Where the planes of the volume come from that :func:`read_dicom` makes of these files and folders.
+
+    Raises:
+        UnsuitableImage: as ``read_dicom``, or its planes were interpolated or straightened and are no images' pixels.
+    """
+    slices, _ = _chosen_slices(places, [], Progress())
+    stack = _Stack(slices, [])
+    if not stack.is_untouched:
+        raise UnsuitableImage(
+            "The slices of the DICOM series had to be straightened or interpolated, so no label lies on them exactly; "
+            "export another format than DICOM SEG."
+        )
+    return SourceSeries(tuple((item.path, item.frame) for item in slices), stack.grid())
+
+
+def _chosen_slices(
+    places: Sequence[Path], warnings: list[str], progress: Progress
+) -> tuple[list[_Slice], list[list[_Slice]]]:
+    """The sorted slices of the chest CT, and all groups of slices found."""
+    where = str(places[0]) if len(places) == 1 else f"The {len(places)} files"
+    groups = _groups(_only_ct(_scan(places, where, progress), where))
+    chosen = max(groups, key=_preference)
+    slices = _one_image_per_place(_with_series_whole(chosen, groups, warnings), warnings)
+    if len(slices) < 2:
+        raise UnsuitableImage(f"{where} holds a single slice; give the folder with all slices of the chest CT.")
+    return slices, groups
+
+
+def _scan(places: Sequence[Path], where: str, progress: Progress) -> list[_Slice]:
     """All images with a place in space."""
-    files = [path] if path.is_file() else _files(path)
+    files = [file for place in places for file in ([place] if place.is_file() else _files(place))]
     found, images = [], 0
     for file in progress.track(files):
         for item in _slices_of(file):
@@ -144,9 +181,9 @@ def _scan(path: Path, progress: Progress) -> list[_Slice]:
             if item is not None:
                 found.append(item)
     if not images:
-        raise UnsuitableImage(f"There are no DICOM images in {path}; name the folder that holds the CT's slices.")
+        raise UnsuitableImage(f"There are no DICOM images in {where}; name the folder that holds the CT's slices.")
     if not found:
-        raise UnsuitableImage(f"The images in {path} have no position in space; export the original CT series again.")
+        raise UnsuitableImage(f"The images in {where} have no position in space; export the original CT series again.")
     return found
 
 
@@ -256,14 +293,14 @@ def _slice(path: Path, header: Dataset, frame: int | None, groups: tuple[Dataset
     return _Slice(path, frame, header, position, orientation, (between_columns, between_rows), slope, intercept)
 
 
-def _only_ct(slices: list[_Slice], path: Path) -> list[_Slice]:
+def _only_ct(slices: list[_Slice], where: str) -> list[_Slice]:
     modalities = sorted({str(item.header.get("Modality", "unknown")) for item in slices})
     ct = [item for item in slices if item.header.get("Modality") == "CT"]
     if not ct:
-        raise UnsuitableImage(f"{path} holds {', '.join(modalities)} images but no CT; name the folder of a chest CT.")
+        raise UnsuitableImage(f"{where} holds {', '.join(modalities)} images but no CT; name the folder of a chest CT.")
     pictures = [item for item in ct if not item.is_localizer]
     if not pictures:
-        raise UnsuitableImage(f"{path} holds only the scout views of a CT; export its axial slices as well.")
+        raise UnsuitableImage(f"{where} holds only the scout views of a CT; export its axial slices as well.")
     return pictures
 
 
@@ -485,7 +522,6 @@ class _Stack:
 
     def volume(self, metadata: dict[str, str], progress: Progress) -> Volume:
         """The slices as a right-angled, regular volume."""
-        first = self.slices[0]
         step, is_regular = self._step()
         place, size, shift = self._placing()
         load = _PixelReader()
@@ -494,11 +530,26 @@ class _Stack:
             array[k] = place(load(item), k)
         if not is_regular:
             array = _regular(array, self.heights, step)
+        metadata = metadata | ({"warnings": "\n".join(self.warnings)} if self.warnings else {})
+        return self._volume(array, step, shift, metadata)
+
+    def grid(self) -> Volume:
+        """The grid of untouched slices: their volume without its values."""
+        shape = (len(self.slices), *self.slices[0].size)
+        return self._volume(np.broadcast_to(np.int16(0), shape), self._step()[0], (0, 0), {})
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether each slice's pixels are a plane of the volume: nothing is to be straightened or interpolated."""
+        return self._step()[1] and self._placing()[1:] == (self.slices[0].size, (0, 0))
+
+    def _volume(self, array: np.ndarray, step: float, shift: tuple[int, int], metadata: dict[str, str]) -> Volume:
+        """An array on the grid that begins ``shift`` (i, j) pixels from the first slice's corner."""
+        first = self.slices[0]
         columns, rows = first.spacing
         row, column = first.orientation
         x, y, z = first.position + shift[0] * columns * row + shift[1] * rows * column
         direction = np.stack([row, column, first.normal], axis=1)
-        metadata = metadata | ({"warnings": "\n".join(self.warnings)} if self.warnings else {})
         return Volume(array, (columns, rows, step), (x, y, z), direction, metadata)
 
     def _step(self) -> tuple[float, bool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,70 +12,91 @@ from typing import Any
 import numpy as np
 
 from LCTfoundLib import __version__
-from LCTfoundLib.anatomy.structures import STRUCTURES, Structure
+from LCTfoundLib.anatomy.structures import STRUCTURES
 from LCTfoundLib.export.mesh_files import GLTF_FROM_LPS
+from LCTfoundLib.export.options import ExportOptions
 from LCTfoundLib.export.output_folder import MANIFEST, file_entries
+from LCTfoundLib.export.parts import STRUCTURE_PARTS, Part
 from LCTfoundLib.export.surfaces import MeshReport
 from LCTfoundLib.export.tables import VolumeRow
-from LCTfoundLib.export.terminology import Code, term_of
+from LCTfoundLib.export.terminology import Code
 from LCTfoundLib.volume import Volume
 
-__all__ = ["jsonable", "write_manifest"]
+__all__ = ["ManifestContent", "jsonable", "write_manifest"]
 
 
-def write_manifest(
-    folder: Path,
-    case: str,
-    grid: Volume,
-    rows: Iterable[VolumeRow],
-    meshes: Mapping[str, MeshReport],
-    findings: Iterable[Any],
-    provenance: Mapping[str, Any],
-) -> Path:
-    """Write ``manifest.json`` about the files now in ``folder``.
+@dataclass(frozen=True)
+class ManifestContent:
+    """What the manifest tells.
 
-    Args:
-        folder: holds all other files already; they are listed with their checksums.
+    Attributes:
         case: name of the case.
         grid: volume whose grid the label maps have.
         rows: of the volumes table.
-        meshes: reports by structure key.
+        options: what was asked for.
+        meshes: reports of the models by key.
+        models: keys of the parts in each model file, by its path in the folder.
+        not_written: why a format was left out, by format.
         findings: with severity, structure and sentence.
+        edited: whether boundaries were changed by hand.
         provenance: weights, settings, times; anything JSON can hold, the rest as text.
     """
+
+    case: str
+    grid: Volume
+    rows: Iterable[VolumeRow]
+    options: ExportOptions = ExportOptions()
+    meshes: Mapping[str, MeshReport] = field(default_factory=dict)
+    models: Mapping[str, list[str]] = field(default_factory=dict)
+    not_written: Mapping[str, str] = field(default_factory=dict)
+    findings: Iterable[Any] = ()
+    edited: bool = False
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_manifest(folder: Path, content: ManifestContent) -> Path:
+    """Write ``manifest.json`` about the files now in ``folder``, which holds all other files already."""
     files = file_entries(folder)
-    table = {row.key: row for row in rows}
-    content = {
+    table = {row.key: row for row in content.rows}
+    chosen = [part for part in content.options.parts if part not in STRUCTURE_PARTS]
+    text = {
         "product": "LCTfound",
         "version": __version__,
         "complete": True,
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "case": case,
+        "case": content.case,
         "intended_use": "Research use only; not a medical device.",
-        **_conventions(table.values()),
-        "grid": _grid(grid),
-        "structures": [_structure(s, table.get(s.key), meshes.get(s.key), files) for s in STRUCTURES],
+        **_conventions(content.options, table.values()),
+        "grid": _grid(content.grid),
+        "export": _export(content, table),
+        "structures": [_part(part, table[part.key], content) for part in (*STRUCTURE_PARTS, *chosen)],
+        "models": content.models,
         "volumes_ml": {row.key: round(row.volume, 3) for row in table.values()},
-        "findings": [{k: _plain(getattr(f, k, "")) for k in ("severity", "structure", "sentence")} for f in findings],
-        "weights": jsonable(provenance.get("weights", {})),
-        "provenance": jsonable(dict(provenance)),
+        "findings": [
+            {k: _plain(getattr(f, k, "")) for k in ("severity", "structure", "sentence")} for f in content.findings
+        ],
+        "edited_by_hand": content.edited,
+        "weights": jsonable(content.provenance.get("weights", {})),
+        "provenance": jsonable(dict(content.provenance)),
         "files": files,
     }
     path = folder / MANIFEST
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(text, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     return path
 
 
-def _conventions(rows: Iterable[VolumeRow]) -> dict[str, Any]:
-    """Frame, units and what the numbers in the label maps mean."""
+def _conventions(options: ExportOptions, rows: Iterable[VolumeRow]) -> dict[str, Any]:
+    """Frame (of STL, OBJ and PLY), units and what the numbers in the label maps mean."""
     return {
-        "frame": "LPS",
+        "frame": options.frame.value,
         "units": "mm",
         "gltf": {"node_matrix_from_lps_mm": GLTF_FROM_LPS.tolist(), "units": "m", "up": "+y superior", "front": "+z"},
         "label_maps": {
             "segments": "1-18, see structures",
             "trees": {"1": "airway", "2": "pulmonary_artery", "3": "pulmonary_vein"},
             "lobes": {str(row.code): row.key for row in rows if row.kind == "lobe"},
+            "sides": {"1": "right_lung", "2": "left_lung"},
+            "lungs": {"1": "lungs"},
         },
     }
 
@@ -89,25 +110,37 @@ def _grid(volume: Volume) -> dict[str, Any]:
     }
 
 
-def _structure(
-    structure: Structure, row: VolumeRow | None, mesh: MeshReport | None, files: list[dict[str, Any]]
-) -> dict[str, Any]:
-    term = term_of(structure)
+def _export(content: ManifestContent, table: Mapping[str, VolumeRow]) -> dict[str, Any]:
+    """What was asked for, and what of it is not there."""
+    options, keys = content.options, [part.key for part in content.options.parts]
     return {
-        "key": structure.key,
-        "code": structure.code,
-        "name": structure.name,
-        "short": structure.short,
-        "side": structure.side.value if structure.side else None,
-        "lobe": structure.lobe.label if structure.lobe else None,
-        "color_srgb": list(structure.color),
-        "type": _code(term.type),
-        "modifier": _code(term.modifier),
-        "present": bool(row and row.volume > 0),
-        "volume_ml": round(row.volume, 3) if row else None,
-        "confidence": jsonable(row.confidence) if row else None,
+        "formats": [format.value for format in options.wanted if format.value not in content.not_written],
+        "not_written": dict(content.not_written),
+        "structures": keys,
+        "absent": [key for key in keys if not table[key].volume],
+        "triangles": options.triangles,
+        "single_file": options.single_file,
+    }
+
+
+def _part(part: Part, row: VolumeRow, content: ManifestContent) -> dict[str, Any]:
+    structure = STRUCTURES[part.code - 1] if part.code else None
+    mesh = content.meshes.get(part.key)
+    return {
+        "key": part.key,
+        "code": part.code,
+        "name": part.name,
+        "short": structure.short if structure else None,
+        "side": row.side or None,
+        "lobe": row.lobe or None,
+        "color_srgb": list(part.color),
+        "type": _code(part.term.type),
+        "modifier": _code(part.term.modifier),
+        "present": row.volume > 0,
+        "volume_ml": round(row.volume, 3),
+        "confidence": jsonable(row.confidence),
         "mesh": ({k: jsonable(v) for k, v in asdict(mesh).items()} | {"watertight": mesh.watertight}) if mesh else None,
-        "files": [f["path"] for f in files if Path(f["path"]).name.split(".")[0] == structure.key],
+        "files": [path for path, keys in content.models.items() if keys == [part.key]],
     }
 
 

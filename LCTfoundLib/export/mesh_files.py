@@ -1,26 +1,27 @@
-"""Mesh files: STL, OBJ, PLY and binary glTF.
+"""Mesh files: STL, OBJ, PLY and binary glTF, with one model or many in a file.
 
-All hold LPS millimeters; STL, OBJ and PLY say so in their header (``SPACE=LPS``, read by Slicer), as their formats have
-no field for it. glTF prescribes meters and y up: its root node scales by 0.001 and turns, so the numbers in the file
-stay LPS mm and a viewer shows the patient upright, facing it. Written by hand: VTK's glTF and OBJ exporters need an
-OpenGL context and keep no names.
+STL, OBJ and PLY hold millimeters in the frame of choice and name it in their header (``SPACE=LPS``, read by Slicer), as
+their formats have no field for it. glTF prescribes meters and y up: its root node scales by 0.001 and turns, so the
+numbers in the file are always LPS mm and a viewer shows the patient upright, facing it. Written by hand: VTK's glTF and
+OBJ exporters need an OpenGL context and keep no names.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from LCTfoundLib.anatomy.structures import STRUCTURES, Structure
+from LCTfoundLib.export.options import Frame
+from LCTfoundLib.export.parts import Part
 from LCTfoundLib.export.surfaces import Mesh, point_normals
-from LCTfoundLib.export.terminology import term_of
 
-__all__ = ["GLTF_FROM_LPS", "write_glb", "write_materials", "write_obj", "write_ply", "write_stl"]
+__all__ = ["GLTF_FROM_LPS", "Model", "write_glb", "write_materials", "write_obj", "write_ply", "write_stl"]
 
 #: LPS mm -> glTF meters: x left stays x, z superior becomes y, y posterior becomes -z. Homogeneous 4x4.
 GLTF_FROM_LPS = np.array([[0.001, 0, 0, 0], [0, 0, 0.001, 0], [0, -0.001, 0, 0], [0, 0, 0, 1]])
@@ -30,73 +31,95 @@ _SEGMENT_ALPHA = 0.45
 _MATERIALS = "structures.mtl"
 
 
-def write_stl(mesh: Mesh, path: Path, name: str) -> None:
-    """Write a binary STL; the 80-byte header names frame and unit."""
-    header = f"SPACE=LPS; UNITS=mm; {name}".encode("ascii", "replace")[:80].ljust(80)
-    corners = mesh.points[mesh.faces]
+@dataclass(frozen=True)
+class Model:
+    """A surface and what it is of."""
+
+    part: Part
+    mesh: Mesh
+
+
+def write_stl(models: Sequence[Model], path: Path, frame: Frame = Frame.LPS) -> None:
+    """Write a binary STL of all models; the 80-byte header names frame and unit."""
+    title = models[0].part.key if len(models) == 1 else f"{len(models)} structures"
+    header = f"SPACE={frame}; UNITS=mm; {title}".encode("ascii", "replace")[:80].ljust(80)
+    with path.open("wb") as file:
+        file.write(header + struct.pack("<I", sum(len(model.mesh.faces) for model in models)))
+        for model in models:
+            file.write(_stl_triangles(model.mesh, frame).tobytes())
+
+
+def _stl_triangles(mesh: Mesh, frame: Frame) -> np.ndarray:
+    corners = frame.from_lps(mesh.points)[mesh.faces]
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     normals /= np.maximum(np.linalg.norm(normals, axis=1), 1e-12)[:, None]
     triangles = np.zeros(len(mesh.faces), [("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
     triangles["normal"], triangles["corners"] = normals, corners
-    with path.open("wb") as file:
-        file.write(header + struct.pack("<I", len(triangles)))
-        file.write(triangles.tobytes())
+    return triangles
 
 
-def write_ply(mesh: Mesh, path: Path, structure: Structure) -> None:
-    """Write a binary PLY with the structure's color at each point."""
+def write_ply(models: Sequence[Model], path: Path, frame: Frame = Frame.LPS) -> None:
+    """Write a binary PLY of all models with their colors at the points."""
     header = [
         "ply",
         "format binary_little_endian 1.0",
-        "comment SPACE=LPS",
+        f"comment SPACE={frame}",
         "comment UNITS=mm",
-        f"comment {structure.name}",
-        f"element vertex {len(mesh.points)}",
+        *(f"comment {model.part.name}" for model in models),
+        f"element vertex {sum(len(model.mesh.points) for model in models)}",
         *(f"property float {axis}" for axis in "xyz"),
         *(f"property uchar {channel}" for channel in ("red", "green", "blue")),
-        f"element face {len(mesh.faces)}",
+        f"element face {sum(len(model.mesh.faces) for model in models)}",
         "property list uchar int vertex_indices",
         "end_header",
     ]
-    points = np.zeros(len(mesh.points), [("at", "<f4", 3), ("color", "u1", 3)])
-    points["at"], points["color"] = mesh.points, structure.color
-    faces = np.zeros(len(mesh.faces), [("count", "u1"), ("points", "<i4", 3)])
-    faces["count"], faces["points"] = 3, mesh.faces
     with path.open("wb") as file:
         file.write(("\n".join(header) + "\n").encode("ascii"))
-        file.write(points.tobytes())
-        file.write(faces.tobytes())
+        for model in models:
+            points = np.zeros(len(model.mesh.points), [("at", "<f4", 3), ("color", "u1", 3)])
+            points["at"], points["color"] = frame.from_lps(model.mesh.points), model.part.color
+            file.write(points.tobytes())
+        for model, first in zip(models, _first_points(models), strict=True):
+            faces = np.zeros(len(model.mesh.faces), [("count", "u1"), ("points", "<i4", 3)])
+            faces["count"], faces["points"] = 3, model.mesh.faces + first
+            file.write(faces.tobytes())
 
 
-def write_obj(mesh: Mesh, path: Path, structure: Structure) -> None:
-    """Write an OBJ that takes its color from ``structures.mtl`` beside it (see ``write_materials``)."""
-    head = ["# SPACE=LPS", "# UNITS=mm", f"mtllib {_MATERIALS}", f"o {structure.key}", f"usemtl {structure.key}"]
-    points = ("v %.4f %.4f %.4f\n" * len(mesh.points)) % tuple(mesh.points.ravel().tolist())
-    faces = ("f %d %d %d\n" * len(mesh.faces)) % tuple((mesh.faces.ravel() + 1).tolist())
+def write_obj(models: Sequence[Model], path: Path, frame: Frame = Frame.LPS) -> None:
+    """Write an OBJ of all models, a group each, colored by ``structures.mtl`` beside it (see ``write_materials``)."""
     with path.open("w", encoding="ascii", newline="\n") as file:
-        file.write("\n".join(head) + "\n" + points + faces)
+        file.write(f"# SPACE={frame}\n# UNITS=mm\nmtllib {_MATERIALS}\n")
+        for model, first in zip(models, _first_points(models), strict=True):
+            key, points, faces = model.part.key, frame.from_lps(model.mesh.points), model.mesh.faces + first + 1
+            file.write(f"o {key}\ng {key}\nusemtl {key}\n")
+            file.write(("v %.4f %.4f %.4f\n" * len(points)) % tuple(points.ravel().tolist()))
+            file.write(("f %d %d %d\n" * len(faces)) % tuple(faces.ravel().tolist()))
 
 
-def write_materials(folder: Path) -> Path:
-    """Write the OBJ material library of all structures."""
+def _first_points(models: Sequence[Model]) -> list[int]:
+    """Number of each model's first point where the points of all stand one after another."""
+    return np.cumsum([0, *(len(model.mesh.points) for model in models[:-1])]).tolist()
+
+
+def write_materials(parts: Iterable[Part], folder: Path) -> Path:
+    """Write the OBJ material library of the parts."""
     lines = []
-    for structure in STRUCTURES:
-        color = " ".join(f"{c / 255:.4f}" for c in structure.color)
-        lines += [f"newmtl {structure.key}", f"Kd {color}", "Ka 0 0 0", "Ks 0.1 0.1 0.1", "Ns 20", "d 1", ""]
+    for part in parts:
+        color = " ".join(f"{c / 255:.4f}" for c in part.color)
+        lines += [f"newmtl {part.key}", f"Kd {color}", "Ka 0 0 0", "Ks 0.1 0.1 0.1", "Ns 20", "d 1", ""]
     path = folder / _MATERIALS
     path.write_text("\n".join(lines), encoding="ascii", newline="\n")
     return path
 
 
-def write_glb(meshes: Mapping[str, Mesh], path: Path, title: str) -> None:
-    """Write all structures as one binary glTF 2.0: a node, a mesh and a material per structure, named.
+def write_glb(models: Sequence[Model], path: Path, title: str) -> None:
+    """Write all models as one binary glTF 2.0: a node, a mesh and a material each, named.
 
     Args:
-        meshes: by structure key.
+        models: surfaces in LPS.
         path: file ending in ``.glb``.
         title: name of the scene.
     """
-    structures = [s for s in STRUCTURES if s.key in meshes]
     buffer = _GltfBuffer()
     gltf: dict[str, Any] = {
         "asset": {"version": "2.0", "generator": "LCTfound", "extras": {"frame": "LPS", "units": "mm"}},
@@ -106,40 +129,40 @@ def write_glb(meshes: Mapping[str, Mesh], path: Path, title: str) -> None:
             {
                 "name": "Lungs (LPS mm)",
                 "matrix": GLTF_FROM_LPS.T.ravel().tolist(),
-                "children": list(range(1, len(structures) + 1)),
+                "children": list(range(1, len(models) + 1)),
             },
-            *({"name": s.name, "mesh": n, "extras": _extras(s)} for n, s in enumerate(structures)),
+            *({"name": m.part.name, "mesh": n, "extras": _extras(m.part)} for n, m in enumerate(models)),
         ],
-        "meshes": [_gltf_mesh(s, n, meshes[s.key], buffer) for n, s in enumerate(structures)],
-        "materials": [_gltf_material(s) for s in structures],
+        "meshes": [_gltf_mesh(model, n, buffer) for n, model in enumerate(models)],
+        "materials": [_gltf_material(model.part) for model in models],
     }
-    if not structures:
+    if not models:
         gltf.pop("meshes"), gltf.pop("materials"), gltf["nodes"][0].pop("children")
     gltf.update(buffer.tables())
     _write_chunks(path, gltf, buffer.content)
 
 
-def _extras(structure: Structure) -> dict[str, Any]:
-    return {"key": structure.key, "code": structure.code, "SCT": term_of(structure).type.value}
+def _extras(part: Part) -> dict[str, Any]:
+    return {"key": part.key, "SCT": part.term.type.value} | ({} if part.code is None else {"code": part.code})
 
 
-def _gltf_mesh(structure: Structure, material: int, mesh: Mesh, buffer: _GltfBuffer) -> dict[str, Any]:
-    points = mesh.points.astype("<f4")
+def _gltf_mesh(model: Model, material: int, buffer: _GltfBuffer) -> dict[str, Any]:
+    mesh = model.mesh
     attributes = {
-        "POSITION": buffer.add(points, "VEC3", 34962, bounds=True),
+        "POSITION": buffer.add(mesh.points.astype("<f4"), "VEC3", 34962, bounds=True),
         "NORMAL": buffer.add(point_normals(mesh.points, mesh.faces).astype("<f4"), "VEC3", 34962),
     }
     indices = buffer.add(mesh.faces.astype("<u4").reshape(-1, 1), "SCALAR", 34963)
     primitive = {"attributes": attributes, "indices": indices, "material": material, "mode": 4}
-    return {"name": structure.key, "primitives": [primitive]}
+    return {"name": model.part.key, "primitives": [primitive]}
 
 
-def _gltf_material(structure: Structure) -> dict[str, Any]:
-    srgb = np.array(structure.color) / 255
+def _gltf_material(part: Part) -> dict[str, Any]:
+    srgb = np.array(part.color) / 255
     linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
-    alpha = 1.0 if structure.tree is not None else _SEGMENT_ALPHA
+    alpha = 1.0 if part.is_tree else _SEGMENT_ALPHA
     return {
-        "name": structure.key,
+        "name": part.key,
         "pbrMetallicRoughness": {
             "baseColorFactor": [*(round(float(c), 5) for c in linear), alpha],
             "metallicFactor": 0.0,

@@ -15,6 +15,7 @@ from PIL import Image
 
 from LCTfoundLib import __version__
 from LCTfoundLib.anatomy.structures import STRUCTURES
+from LCTfoundLib.export.options import Frame
 from LCTfoundLib.export.slices import Picture
 from LCTfoundLib.export.surfaces import MeshReport
 from LCTfoundLib.export.tables import VolumeRow
@@ -42,7 +43,8 @@ class ReportContent:
         slices: slice pictures by heading.
         provenance: nested mapping of how the result came about.
         renderer: who drew the 3D pictures.
-        meshes: reports by structure key.
+        meshes: reports of the models by key.
+        frame: of the models.
         image: lines about the CT (name -> value).
     """
 
@@ -54,6 +56,7 @@ class ReportContent:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     renderer: str = ""
     meshes: Mapping[str, MeshReport] = field(default_factory=dict)
+    frame: Frame = Frame.LPS
     image: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -70,7 +73,7 @@ def render_report(content: ReportContent) -> str:
         renderings=_renderings(content),
         slices="".join(_slice_row(heading, pictures) for heading, pictures in content.slices.items()),
         table=_table(content.rows),
-        surfaces=_surfaces(content.meshes),
+        surfaces=_surfaces(content.meshes, content.frame),
         provenance=_provenance(content.provenance),
     )
 
@@ -163,14 +166,14 @@ def _bar(share: float, style: str) -> str:
     return f'<span class="bar {style}"><span style="width:{100 * min(max(share, 0.0), 1.0):.0f}%"></span></span>'
 
 
-def _surfaces(meshes: Mapping[str, MeshReport]) -> str:
+def _surfaces(meshes: Mapping[str, MeshReport], frame: Frame) -> str:
     if not meshes:
         return ""
     closed = sum(report.watertight for report in meshes.values())
     worst = max(abs(report.volume_error) for report in meshes.values())
     triangles = sum(report.triangles for report in meshes.values())
     return (
-        f"<p>{len(meshes)} surfaces in LPS millimeters, {triangles:,} triangles; {closed} of {len(meshes)} are "
+        f"<p>{len(meshes)} surfaces in {frame} millimeters, {triangles:,} triangles; {closed} of {len(meshes)} are "
         f"watertight; the volume of a surface differs from its label by at most {100 * worst:.2f} %.</p>"
     )
 

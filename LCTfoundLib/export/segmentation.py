@@ -7,72 +7,75 @@ of fields. Format: Slicer's vtkMRMLSegmentationStorageNode, checked by reading t
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import SimpleITK as sitk
-from scipy import ndimage
 
-from LCTfoundLib.anatomy.structures import SEGMENTS, STRUCTURES, Structure, lobes_from_segments
 from LCTfoundLib.errors import OutputError
-from LCTfoundLib.export.terminology import term_of
+from LCTfoundLib.export.parts import PARTS, STRUCTURE_PARTS, Box, LabelLayer, Layer, Part, layers_of, part_boxes
 from LCTfoundLib.volume import Volume
 
-__all__ = ["write_label_maps", "write_seg_nrrd"]
+__all__ = ["MAPPED_PARTS", "write_label_maps", "write_seg_nrrd"]
 
 _MIRROR_XY = np.diag([-1.0, -1.0, 1.0, 1.0])
 _GZIP_LEVEL = 4
+#: What label maps hold unless something else is chosen: the structures, and the lobes that segments make up.
+MAPPED_PARTS = tuple(p for p in PARTS if p.layer in (Layer.SEGMENTS, Layer.TREES, Layer.LOBES))
 
 
 def write_seg_nrrd(
-    segments: Volume, trees: Volume, path: Path, confidence: Mapping[str, float] | None = None
+    segments: Volume,
+    trees: Volume,
+    path: Path,
+    confidence: Mapping[str, float] | None = None,
+    parts: Sequence[Part] = STRUCTURE_PARTS,
 ) -> list[str]:
-    """Write both layers as one Slicer segmentation.
+    """Write the parts as one Slicer segmentation.
 
-    Layer 0 holds the 18 territories, layer 1 the trees that lie inside them. Structures without a voxel are left out:
-    Slicer's DICOM SEG export refuses empty segments.
+    Of the 21 structures, layer 0 holds the 18 territories and layer 1 the trees that lie inside them. Parts without a
+    voxel are left out: Slicer's DICOM SEG export refuses empty segments.
 
     Args:
         segments: uint8, codes 1-18.
         trees: uint8, codes 1-3, on the same grid.
         path: file ending in ``.seg.nrrd``.
-        confidence: 0-1 by structure key, kept as a segment tag.
+        confidence: 0-1 by key, kept as a segment tag.
+        parts: what to write.
 
     Returns:
-        Keys of the structures written.
+        Keys of the parts written.
     """
-    present = _present(segments, trees)
-    fields = [_segment_fields(n, *item, (confidence or {}).get(item[0].key)) for n, item in enumerate(present)]
-    header = "\n".join([*_nrrd_geometry(segments), *(line for lines in fields for line in lines), *_common(segments)])
+    layers = layers_of(parts, segments.array, trees.array)
+    boxes = part_boxes(parts, segments.array, trees.array)
+    present = [(part, number) for number, layer in enumerate(layers) for part in layer.parts if part.key in boxes]
+    lines = _nrrd_geometry(segments, len(layers))
+    for number, (part, layer) in enumerate(present):
+        lines += _segment_fields(number, part, layer, boxes[part.key], (confidence or {}).get(part.key))
+    lines += _common(segments)
     with path.open("wb") as file:
-        file.write((header + "\n\n").encode("utf-8"))
-        _write_layers(file, segments.array, trees.array)
-    return [structure.key for structure, *_ in present]
+        file.write(("\n".join(lines) + "\n\n").encode("utf-8"))
+        _write_layers(file, layers, segments.shape[0])
+    return [part.key for part, _ in present]
 
 
-def _present(segments: Volume, trees: Volume) -> list[tuple[Structure, int, int, tuple[slice, ...]]]:
-    """Structures with voxels: (structure, layer, label value, bounding box in k, j, i)."""
-    boxes = [ndimage.find_objects(segments.array, max_label=18), ndimage.find_objects(trees.array, max_label=3)]
-    labels = [(s, 0, s.code) for s in SEGMENTS] + [(s, 1, s.code - 18) for s in STRUCTURES[18:]]
-    found = [(s, layer, value, boxes[layer][value - 1]) for s, layer, value in labels]
-    return [item for item in found if item[3] is not None]
-
-
-def _nrrd_geometry(grid: Volume) -> list[str]:
+def _nrrd_geometry(grid: Volume, layers: int) -> list[str]:
+    """The header's fields of the array; a single layer has no axis of its own, as Slicer writes it."""
     k, j, i = grid.shape
     axes = [_vector(grid.affine[:3, axis]) for axis in range(3)]
+    several = layers > 1
     return [
         "NRRD0004",
         "# Complete NRRD file format specification at:",
         "# http://teem.sourceforge.net/nrrd/format.html",
         "type: unsigned char",
-        "dimension: 4",
+        f"dimension: {4 if several else 3}",
         "space: left-posterior-superior",
-        f"sizes: 2 {i} {j} {k}",
-        f"space directions: none {' '.join(axes)}",
-        "kinds: list domain domain domain",
+        f"sizes: {f'{layers} ' if several else ''}{i} {j} {k}",
+        f"space directions: {'none ' if several else ''}{' '.join(axes)}",
+        f"kinds: {'list ' if several else ''}domain domain domain",
         "encoding: gzip",
         f"space origin: {_vector(np.asarray(grid.origin))}",
     ]
@@ -82,22 +85,20 @@ def _vector(values: np.ndarray) -> str:
     return "(" + ",".join(f"{float(v):.12g}" for v in values) + ")"
 
 
-def _segment_fields(
-    number: int, structure: Structure, layer: int, value: int, box: tuple[slice, ...], confidence: float | None
-) -> list[str]:
-    color = " ".join(f"{c / 255:.6g}" for c in structure.color)
+def _segment_fields(number: int, part: Part, layer: int, box: Box, confidence: float | None) -> list[str]:
+    color = " ".join(f"{c / 255:.6g}" for c in part.color)
     extent = " ".join(f"{s.start} {s.stop - 1}" for s in reversed(box))
-    tags = f"TerminologyEntry:{term_of(structure).slicer_entry()}|"
+    tags = f"TerminologyEntry:{part.term.slicer_entry()}|"
     if confidence is not None:
         tags += f"LCTfound.Confidence:{confidence:.3f}|"
     values = {
         "Color": color,
         "ColorAutoGenerated": 0,
         "Extent": extent,
-        "ID": structure.key,
-        "LabelValue": value,
+        "ID": part.key,
+        "LabelValue": part.value,
         "Layer": layer,
-        "Name": structure.name,
+        "Name": part.name,
         "NameAutoGenerated": 0,
         "Tags": tags,
     }
@@ -117,25 +118,29 @@ def _common(grid: Volume) -> list[str]:
     ]
 
 
-def _write_layers(file: BinaryIO, *layers: np.ndarray) -> None:
+def _write_layers(file: BinaryIO, layers: Sequence[LabelLayer], planes: int) -> None:
     """Gzip the layers interleaved (layer runs fastest), slice by slice to keep memory low."""
     packer = zlib.compressobj(_GZIP_LEVEL, zlib.DEFLATED, zlib.MAX_WBITS | 16)
-    for planes in zip(*layers, strict=True):
-        file.write(packer.compress(np.stack([p.astype(np.uint8) for p in planes], axis=-1).tobytes()))
+    for k in range(planes):
+        file.write(packer.compress(np.stack([layer.plane(k) for layer in layers], axis=-1).tobytes()))
     file.write(packer.flush())
 
 
-def write_label_maps(segments: Volume, trees: Volume, folder: Path) -> dict[str, Path]:
-    """Write ``segments.nii.gz`` (1-18), ``trees.nii.gz`` (1-3) and ``lobes.nii.gz`` (1-5) on the input grid.
+def write_label_maps(
+    segments: Volume, trees: Volume, folder: Path, parts: Sequence[Part] = MAPPED_PARTS
+) -> dict[str, Path]:
+    """Write the label maps that hold the parts on the input grid, each on its own.
+
+    They are ``segments.nii.gz`` (1-18), ``trees.nii.gz`` (1-3), ``lobes.nii.gz`` (1-5), and if chosen ``sides.nii.gz``
+    (1 right, 2 left lung) and ``lungs.nii.gz`` (1); other values do not occur in them.
 
     Raises:
         OutputError: if a file did not arrive whole.
     """
-    lobes = segments.with_array(lobes_from_segments(segments.array))
     paths = {}
-    for name, volume in (("segments", segments), ("trees", trees), ("lobes", lobes)):
-        paths[name] = folder / f"{name}.nii.gz"
-        _write_nifti(volume, paths[name])
+    for labels in layers_of(parts, segments.array, trees.array):
+        path = paths[labels.layer.value] = folder / f"{labels.layer.value}.nii.gz"
+        _write_nifti(segments.with_array(labels.whole()), path)
     return paths
 
 

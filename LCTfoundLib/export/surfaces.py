@@ -16,7 +16,7 @@ One structure goes through five steps, each chosen by measurement on real lungs 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,8 +28,9 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from vtk.util import numpy_support
 
-from LCTfoundLib.anatomy.structures import SEGMENTS, STRUCTURES, Structure
 from LCTfoundLib.export.decimation import decimate
+from LCTfoundLib.export.options import TRIANGLES
+from LCTfoundLib.export.parts import STRUCTURE_PARTS, Box, Part, part_boxes
 from LCTfoundLib.volume import Volume
 
 __all__ = ["Mesh", "MeshReport", "SurfaceSettings", "label_surface", "lung_surfaces", "mesh_report", "point_normals"]
@@ -87,7 +88,7 @@ class SurfaceSettings:
         threads: structures worked on at once; 0 means one per core, at most four.
     """
 
-    triangle_budget: int = 600_000
+    triangle_budget: int = TRIANGLES
     segment_smoothing: tuple[int, float] = (40, 0.004)
     tree_smoothing: tuple[int, float] = (20, 0.08)
     segment_voxel: float = 0.9
@@ -100,31 +101,35 @@ def lung_surfaces(
     trees: Volume,
     settings: SurfaceSettings | None = None,
     progress: Callable[[float, str], None] | None = None,
+    parts: Sequence[Part] = STRUCTURE_PARTS,
 ) -> dict[str, Mesh]:
-    """Surfaces of all structures present, by key, within the triangle budget.
+    """Surfaces of the parts that have voxels, by key, within the triangle budget.
 
     Args:
         segments: uint8 label map, codes 1-18.
         trees: uint8 label map, codes 1 airway, 2 artery, 3 vein.
         settings: defaults if None.
         progress: called with the share done (0-1) and a sentence; may raise to stop.
+        parts: what to make surfaces of.
     """
     settings = settings or SurfaceSettings()
     report = progress or (lambda share, text: None)
-    labels = [(s, segments, s.code) for s in SEGMENTS] + [(s, trees, s.code - 18) for s in STRUCTURES[18:]]
-    boxes = {id(v): ndimage.find_objects(v.array, max_label=18) for v in (segments, trees)}
-    boxed = [(s, volume, code, boxes[id(volume)][code - 1]) for s, volume, code in labels]
-    todo = [item for item in boxed if item[3] is not None]
+    boxes = part_boxes(parts, segments.array, trees.array)
+    todo = [part for part in parts if part.key in boxes]
+
+    def smooth(part: Part) -> Mesh:
+        return _smooth_surface(part, trees if part.is_tree else segments, boxes[part.key], settings)
+
     raw: dict[str, Mesh] = {}
     meshes: dict[str, Mesh] = {}
     with _pool(settings.threads or min(4, os.cpu_count() or 1)) as pool:
-        for item, mesh in zip(todo, pool.map(lambda t: _smooth_surface(t, settings), todo), strict=True):
-            raw[item[0].key] = mesh
-            report(0.4 * len(raw) / len(todo), f"Surface of {item[0].name}")
-        targets = _share_budget(raw, settings)
-        for item, mesh in zip(todo, pool.map(lambda t: _finish(raw[t[0].key], targets[t[0].key]), todo), strict=True):
-            meshes[item[0].key] = mesh
-            report(0.4 + 0.6 * len(meshes) / len(todo), f"Surface of {item[0].name}")
+        for part, mesh in zip(todo, pool.map(smooth, todo), strict=True):
+            raw[part.key] = mesh
+            report(0.4 * len(raw) / len(todo), f"Surface of {part.name}")
+        targets = _share_budget(raw, todo, settings)
+        for part, mesh in zip(todo, pool.map(lambda p: _finish(raw[p.key], targets[p.key]), todo), strict=True):
+            meshes[part.key] = mesh
+            report(0.4 + 0.6 * len(meshes) / len(todo), f"Surface of {part.name}")
     return meshes
 
 
@@ -157,15 +162,12 @@ def label_surface(
     return _finish(raw, triangles or len(raw.faces) // 2)
 
 
-def _smooth_surface(item: tuple[Structure, Volume, int, tuple[slice, ...]], settings: SurfaceSettings) -> Mesh:
-    """Smooth surface of one label (structure, map, code, bounding box), not yet decimated."""
-    structure, volume, code, box = item
-    return _mask_surface(volume.array[box] == code, box, volume, structure.tree is not None, settings)
+def _smooth_surface(part: Part, labels: Volume, box: Box, settings: SurfaceSettings) -> Mesh:
+    """Smooth surface of one part within its bounding box, not yet decimated."""
+    return _mask_surface(part.table[labels.array[box]], box, labels, part.is_tree, settings)
 
 
-def _mask_surface(
-    inside: np.ndarray, box: tuple[slice, ...], grid: Volume, thin: bool, settings: SurfaceSettings
-) -> Mesh:
+def _mask_surface(inside: np.ndarray, box: Box, grid: Volume, thin: bool, settings: SurfaceSettings) -> Mesh:
     """Smooth surface of a cropped mask in the LPS frame of its grid."""
     label_volume = 1000 * grid.voxel_ml * int(np.count_nonzero(inside))
     if thin:
@@ -253,10 +255,9 @@ def _arrays(surface: vtk.vtkPolyData) -> tuple[np.ndarray, np.ndarray]:
     return points, faces
 
 
-def _share_budget(raw: Mapping[str, Mesh], settings: SurfaceSettings) -> dict[str, int]:
-    """Triangles each structure may keep: at most half of what it has, and the budget in all."""
-    trees = {s.key for s in STRUCTURES[18:]}
-    weights = {k: len(m.faces) * (settings.tree_weight if k in trees else 1.0) for k, m in raw.items()}
+def _share_budget(raw: Mapping[str, Mesh], parts: Sequence[Part], settings: SurfaceSettings) -> dict[str, int]:
+    """Triangles each part may keep: at most half of what it has, and the budget in all."""
+    weights = {p.key: len(raw[p.key].faces) * (settings.tree_weight if p.is_tree else 1.0) for p in parts}
     total = max(sum(weights.values()), 1.0)
     return {k: int(min(len(m.faces) // 2, settings.triangle_budget * weights[k] / total)) for k, m in raw.items()}
 

@@ -16,7 +16,7 @@ import pytest
 from LCTfoundLib.anatomy.structures import STRUCTURES
 from LCTfoundLib.errors import Cancelled, LCTfoundError, OutputError
 from LCTfoundLib.export import bundle
-from LCTfoundLib.export.bundle import Format, LungExport, export_all
+from LCTfoundLib.export.bundle import ExportOptions, Format, LungExport, export_all
 from LCTfoundLib.export.manifest import jsonable
 from LCTfoundLib.export.rendering import available_renderer
 from LCTfoundLib.runtime.progress import Progress
@@ -32,6 +32,10 @@ FINDING = SimpleNamespace(severity=Level.WARNING, structure="left_s04", sentence
 
 def content_of(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def options(*formats: str, **more: object) -> ExportOptions:
+    return ExportOptions.parse({"formats": formats} | more)
 
 
 def manifest_of(folder: Path) -> dict:
@@ -91,9 +95,9 @@ def test_the_report_is_small_and_names_the_renderer(whole: Path) -> None:
 
 
 def test_chosen_formats_only(tmp_path: Path) -> None:
-    export_all(lung_export(), tmp_path / "a", ["csv", "html"])
+    export_all(lung_export(), tmp_path / "a", options("csv", "html"))
     assert set(content_of(tmp_path / "a")) == {"manifest.json", "volumes.csv", "report.html"}
-    export_all(lung_export(), tmp_path / "b", [Format.GLB])
+    export_all(lung_export(), tmp_path / "b", options(Format.GLB))
     assert set(content_of(tmp_path / "b")) == {"manifest.json", "models/lungs.glb"}
 
 
@@ -105,25 +109,25 @@ def test_format_names() -> None:
 
 
 def test_an_earlier_export_is_replaced_and_foreign_files_stay(tmp_path: Path) -> None:
-    export_all(lung_export(case="first"), tmp_path, ["csv", "seg.nrrd", "glb"])
+    export_all(lung_export(case="first"), tmp_path, options("csv", "seg.nrrd", "glb"))
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "models" / "plan.stl").write_text("mine too")
-    export_all(lung_export(case="second"), tmp_path, ["csv", "stl"])
+    export_all(lung_export(case="second"), tmp_path, options("csv", "stl"))
     files = content_of(tmp_path)
     assert manifest_of(tmp_path)["case"] == "second" and manifest_of(tmp_path)["complete"]
     assert files["notes.txt"] == b"mine" and files["models/plan.stl"] == b"mine too"
     assert "segmentation.seg.nrrd" not in files and "models/lungs.glb" not in files
     assert "models/stl/airway.stl" in files
-    export_all(lung_export(), tmp_path, ["csv"])
+    export_all(lung_export(), tmp_path, options("csv"))
     assert set(content_of(tmp_path)) == {"manifest.json", "volumes.csv", "notes.txt", "models/plan.stl"}
     assert not (tmp_path / "models" / "stl").exists()
 
 
 def test_a_file_edited_by_hand_is_kept(tmp_path: Path) -> None:
-    export_all(lung_export(), tmp_path, ["csv", "seg.nrrd"])
+    export_all(lung_export(), tmp_path, options("csv", "seg.nrrd"))
     for text in ("edited", "again"):
         (tmp_path / "segmentation.seg.nrrd").write_text(text)
-        export_all(lung_export(), tmp_path, ["csv", "seg.nrrd"])
+        export_all(lung_export(), tmp_path, options("csv", "seg.nrrd"))
     assert (tmp_path / "segmentation (edited).seg.nrrd").read_text() == "edited"
     assert (tmp_path / "segmentation (edited 2).seg.nrrd").read_text() == "again"
     assert (tmp_path / "segmentation.seg.nrrd").read_bytes().startswith(b"NRRD")
@@ -134,7 +138,7 @@ def test_a_foreign_file_in_the_way_stops_the_export_unharmed(tmp_path: Path, nam
     (tmp_path / name).write_text('{"product": "another", "files": [{"path": "volumes.csv", "sha256": ""}]}')
     before = content_of(tmp_path)
     with pytest.raises(OutputError, match="was not written by LCTfound; move it away"):
-        export_all(lung_export(), tmp_path, ["csv"])
+        export_all(lung_export(), tmp_path, options("csv"))
     assert content_of(tmp_path) == before
 
 
@@ -142,12 +146,12 @@ def test_a_manifest_cannot_make_us_delete_files_elsewhere(tmp_path: Path) -> Non
     victim = tmp_path / "victim.txt"
     victim.write_text("x")
     folder = tmp_path / "out"
-    export_all(lung_export(), folder, ["csv"])
+    export_all(lung_export(), folder, options("csv"))
     manifest = manifest_of(folder)
     digest = hashlib.sha256(b"x").hexdigest()
     manifest["files"] += [{"path": "../victim.txt", "sha256": digest}, {"path": str(victim), "sha256": digest}]
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    export_all(lung_export(), folder, ["csv"])
+    export_all(lung_export(), folder, options("csv"))
     assert victim.read_text() == "x"
 
 
@@ -165,7 +169,7 @@ def test_a_manifest_cannot_make_us_delete_files_elsewhere(tmp_path: Path) -> Non
 def test_cancel_leaves_everything_as_it_was(tmp_path: Path, exists: bool, share: float, formats: tuple[str]) -> None:
     folder = tmp_path / "out"
     if exists:
-        export_all(lung_export(case="old"), folder, ["csv"])
+        export_all(lung_export(case="old"), folder, options("csv"))
     before = content_of(tmp_path)
 
     def stop(fraction: float, text: str) -> None:
@@ -173,7 +177,7 @@ def test_cancel_leaves_everything_as_it_was(tmp_path: Path, exists: bool, share:
             raise Cancelled("The run was stopped.")
 
     with pytest.raises(Cancelled):
-        export_all(lung_export(), folder, formats, progress=stop)
+        export_all(lung_export(), folder, options(*formats), progress=stop)
     assert content_of(tmp_path) == before
     assert folder.exists() == exists
 
@@ -182,20 +186,20 @@ def test_cancel_leaves_everything_as_it_was(tmp_path: Path, exists: bool, share:
 def test_a_full_disk_leaves_everything_as_it_was(tmp_path: Path, exists: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "out"
     if exists:
-        export_all(lung_export(), folder, ["csv"])
+        export_all(lung_export(), folder, options("csv"))
     before = content_of(tmp_path)
 
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(bundle, "write_ply", full)
+    monkeypatch.setitem(bundle._WRITERS, Format.PLY, full)
     with pytest.raises(OutputError, match="full; free some space"):
-        export_all(lung_export(), folder, ["csv", "stl", "ply"])
+        export_all(lung_export(), folder, options("csv", "stl", "ply"))
     assert content_of(tmp_path) == before
 
 
 def test_an_interrupted_update_is_finished_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    export_all(lung_export(), tmp_path, ["csv", "stl"])
+    export_all(lung_export(), tmp_path, options("csv", "stl"))
     replace, count = os.replace, 0
 
     def die(*args: object) -> None:
@@ -207,10 +211,10 @@ def test_an_interrupted_update_is_finished_by_the_next(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(os, "replace", die)
     with pytest.raises(OutputError):
-        export_all(lung_export(), tmp_path, ["csv", "ply"])
+        export_all(lung_export(), tmp_path, options("csv", "ply"))
     monkeypatch.undo()
     assert manifest_of(tmp_path)["complete"] is False
-    export_all(lung_export(), tmp_path, ["csv"])
+    export_all(lung_export(), tmp_path, options("csv"))
     assert set(content_of(tmp_path)) == {"manifest.json", "volumes.csv"}
 
 
@@ -218,7 +222,7 @@ def test_scratch_folders_of_dead_runs_are_removed(tmp_path: Path) -> None:
     dead = tmp_path / ".lctfound-unfinished-999999999-out"
     dead.mkdir()
     (dead / "half.stl").write_text("x")
-    export_all(lung_export(), tmp_path / "out", ["csv"])
+    export_all(lung_export(), tmp_path / "out", options("csv"))
     assert not dead.exists()
 
 
@@ -233,13 +237,13 @@ def test_a_read_only_place_is_named(tmp_path: Path, exists: bool, monkeypatch: p
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(OutputError, match="out cannot be written .Read-only file system."):
-        export_all(lung_export(), folder, ["csv"])
+        export_all(lung_export(), folder, options("csv"))
 
 
 def test_a_file_as_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("x")
     with pytest.raises(OutputError, match="is a file"):
-        export_all(lung_export(), tmp_path / "out", ["csv"])
+        export_all(lung_export(), tmp_path / "out", options("csv"))
 
 
 def test_an_empty_result_is_exported_and_says_so(tmp_path: Path) -> None:
@@ -259,10 +263,10 @@ def test_grids_that_do_not_fit_are_refused() -> None:
 
 def test_progress_rises_to_one_and_takes_the_engines_progress(tmp_path: Path) -> None:
     seen: list[float] = []
-    export_all(lung_export(), tmp_path / "a", ["csv", "stl"], progress=lambda share, text: seen.append(share))
+    export_all(lung_export(), tmp_path / "a", options("csv", "stl"), progress=lambda share, text: seen.append(share))
     assert seen == sorted(seen) and seen[0] == 0 and seen[-1] == 1
     progress = Progress()
-    export_all(lung_export(), tmp_path / "b", ["csv"], progress=progress)
+    export_all(lung_export(), tmp_path / "b", options("csv"), progress=progress)
     assert progress.report.fraction == 1
 
 

@@ -186,14 +186,15 @@ def slicer_python() -> str | None:
 
 @pytest.mark.skipif(slicer_python() is None, reason="slicer-core is not installed (or set LCTFOUND_SLICER_PYTHON)")
 def test_real_slicer_reads_names_colors_terms_voxels_and_frame(rng: np.random.Generator, tmp_path: Path) -> None:
-    from LCTfoundLib.export.mesh_files import write_stl
+    from LCTfoundLib.export.mesh_files import Model, write_stl
+    from LCTfoundLib.export.parts import choose_parts
     from LCTfoundLib.export.surfaces import label_surface
 
     direction = oblique(tuple(rng.uniform(-20, 20, 3)), (-1, -1, 1))
     _, segments, trees = lung_volumes(direction=direction)
     write_seg_nrrd(segments, trees, tmp_path / "a.seg.nrrd")
     mesh = label_surface(segments)
-    write_stl(mesh, tmp_path / "a.stl", "lungs")
+    write_stl([Model(*choose_parts(["lungs"]), mesh)], tmp_path / "a.stl")
     command = [str(slicer_python()), "-c", READ_IN_SLICER, str(tmp_path / "a.seg.nrrd"), str(tmp_path / "a.stl")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     seen = json.loads(result.stdout.strip().splitlines()[-1])

@@ -14,7 +14,16 @@ from vtk.util import numpy_support
 
 from LCTfoundLib.anatomy.structures import STRUCTURES
 from LCTfoundLib.export.decimation import decimate
-from LCTfoundLib.export.mesh_files import GLTF_FROM_LPS, write_glb, write_materials, write_obj, write_ply, write_stl
+from LCTfoundLib.export.mesh_files import (
+    GLTF_FROM_LPS,
+    Model,
+    write_glb,
+    write_materials,
+    write_obj,
+    write_ply,
+    write_stl,
+)
+from LCTfoundLib.export.parts import STRUCTURE_PARTS, choose_parts
 from LCTfoundLib.export.surfaces import (
     Mesh,
     SurfaceSettings,
@@ -31,6 +40,10 @@ from Testing.engine.export_shapes import lung_volumes, oblique
 def meshes() -> dict[str, Mesh]:
     _, segments, trees = lung_volumes()
     return lung_surfaces(segments, trees)
+
+
+def model_of(key: str, meshes: dict[str, Mesh]) -> Model:
+    return Model(*choose_parts([key]), meshes[key])
 
 
 def vtk_counts(mesh: Mesh) -> tuple[int, int, float]:
@@ -237,7 +250,7 @@ def read_with(reader: vtk.vtkAlgorithm, path: Path) -> tuple[np.ndarray, np.ndar
 
 def test_stl_read_back_by_vtk_is_the_mesh_and_names_its_frame(meshes: dict[str, Mesh], tmp_path: Path) -> None:
     mesh = meshes["left_s01_02"]
-    write_stl(mesh, tmp_path / "a.stl", "left_s01_02")
+    write_stl([model_of("left_s01_02", meshes)], tmp_path / "a.stl")
     points, faces, _ = read_with(vtk.vtkSTLReader(), tmp_path / "a.stl")
     assert points[faces] == pytest.approx(mesh.points[mesh.faces], abs=1e-3)
     header = (tmp_path / "a.stl").read_bytes()[:80]
@@ -247,7 +260,7 @@ def test_stl_read_back_by_vtk_is_the_mesh_and_names_its_frame(meshes: dict[str, 
 def test_ply_read_back_by_vtk_has_points_faces_and_colors(meshes: dict[str, Mesh], tmp_path: Path) -> None:
     structure = STRUCTURES[20]
     mesh = meshes[structure.key]
-    write_ply(mesh, tmp_path / "a.ply", structure)
+    write_ply([model_of(structure.key, meshes)], tmp_path / "a.ply")
     points, faces, data = read_with(vtk.vtkPLYReader(), tmp_path / "a.ply")
     assert points == pytest.approx(mesh.points, abs=1e-3)
     assert (faces == mesh.faces).all()
@@ -258,17 +271,17 @@ def test_ply_read_back_by_vtk_has_points_faces_and_colors(meshes: dict[str, Mesh
 def test_obj_read_back_by_vtk_and_its_material(meshes: dict[str, Mesh], tmp_path: Path) -> None:
     structure = STRUCTURES[3]
     mesh = meshes[structure.key]
-    write_obj(mesh, tmp_path / "a.obj", structure)
+    write_obj([model_of(structure.key, meshes)], tmp_path / "a.obj")
     points, faces, _ = read_with(vtk.vtkOBJReader(), tmp_path / "a.obj")
     assert points[faces] == pytest.approx(mesh.points[mesh.faces], abs=1e-3)
-    text = write_materials(tmp_path).read_text()
+    text = write_materials(STRUCTURE_PARTS, tmp_path).read_text()
     assert f"newmtl {structure.key}\nKd 0.6824 0.8353 0.5059" in text
     assert "usemtl right_s04" in (tmp_path / "a.obj").read_text()[:200]
 
 
 def test_glb_is_read_by_vtk_and_its_root_turns_lps_upright(meshes: dict[str, Mesh], tmp_path: Path) -> None:
     path = tmp_path / "lungs.glb"
-    write_glb(meshes, path, "case")
+    write_glb([model_of(key, meshes) for key in meshes], path, "case")
     raw = path.read_bytes()
     magic, version, total = struct.unpack_from("<4sII", raw)
     assert (magic, version, total) == (b"glTF", 2, len(raw))
@@ -298,7 +311,7 @@ def test_gltf_transform_puts_head_up_face_front_and_left_left() -> None:
 
 
 def test_an_empty_glb_is_valid(tmp_path: Path) -> None:
-    write_glb({}, tmp_path / "a.glb", "nothing")
+    write_glb([], tmp_path / "a.glb", "nothing")
     raw = (tmp_path / "a.glb").read_bytes()
     assert struct.unpack_from("<I", raw, 8)[0] == len(raw)
     assert "meshes" not in json.loads(raw[20:])
