@@ -1,4 +1,4 @@
-"""The shell: ``python -m LCTfoundLib segment-lungs IN OUT``, ``demo``, ``doctor``, ``weights``.
+"""The shell: ``python -m LCTfoundLib segment-lungs IN OUT``, ``demo``, ``doctor``, ``weights``, ``worker``.
 
 Results go to standard output, one folder a line (with ``--jsonl`` one JSON object a line); progress, warnings and
 errors go to standard error. Exit codes: 0 done, 1 unexpected error or some cases of a batch failed, 2 something the
@@ -12,10 +12,7 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import threading
-import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,6 +24,7 @@ import LCTfoundLib
 from LCTfoundLib.case import CaseOptions, CaseRecord, Engine, real_engine, run_case
 from LCTfoundLib.errors import Cancelled, LCTfoundError
 from LCTfoundLib.export.options import TRIANGLES, Frame
+from LCTfoundLib.runtime.crash_log import write_crash_log
 from LCTfoundLib.runtime.progress import CancelToken, JsonLines, Progress, Report
 
 __all__ = ["ExitCode", "main"]
@@ -140,7 +138,7 @@ def main(argv: Sequence[str] | None = None, engine: Engine | None = None) -> int
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAILED
     except Exception as error:
-        log = _write_crash_log(error)
+        log = write_crash_log(error, f"arguments: {sys.argv[1:]}")
         console.error(f"An unexpected error happened ({type(error).__name__}); please report it with the log {log}")
         return ExitCode.FAILED
 
@@ -175,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_doctor(commands)
     _add_weights(commands)
+    _add_worker(commands)
     return parser
 
 
@@ -221,6 +220,11 @@ def _add_weights(commands: Any) -> None:
     parser = _command(commands, "weights", _weights, "List the weights, show a card, verify the checksums.")
     parser.add_argument("action", choices=["list", "show", "verify"], nargs="?", default="list")
     parser.add_argument("name", nargs="?", help="name of a weight (default: all)")
+
+
+def _add_worker(commands: Any) -> None:
+    text = "Serve a panel or a program: JSON requests on standard input, events on standard output."
+    commands.add_parser("worker", help=text, description=text).set_defaults(run=_worker, jsonl=False)
 
 
 def _options(arguments: argparse.Namespace) -> CaseOptions:
@@ -331,19 +335,17 @@ def _weights(arguments: argparse.Namespace, console: Console, engine: Engine | N
     return ExitCode.USER_ERROR if any(problems.values()) else ExitCode.DONE
 
 
+def _worker(arguments: argparse.Namespace, console: Console, engine: Engine | None) -> int:
+    from LCTfoundLib.worker import main as serve
+
+    return serve()
+
+
 def _tell_result(folder: Path, record: CaseRecord, console: Console) -> None:
     for finding in record.findings:
         console.note(f"Note: {finding}")
     console.note(f"Done in {record.seconds['total']:.0f} s, peak memory {record.peak_memory_mb / 1000:.1f} GB.")
     console.result(folder, seconds=record.seconds, peak_memory_mb=record.peak_memory_mb, findings=record.findings)
-
-
-def _write_crash_log(error: Exception) -> Path:
-    folder = Path(tempfile.gettempdir())
-    log = folder / f"lctfound-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-    lines = [f"LCTfound {LCTfoundLib.__version__}, Python {sys.version}", f"arguments: {sys.argv[1:]}", ""]
-    log.write_text("\n".join(lines) + "".join(traceback.format_exception(error)), encoding="utf-8")
-    return log
 
 
 def _duration(seconds: float) -> str:

@@ -1,0 +1,450 @@
+"""What the worker does: requests in plain values to tasks, and their results into a folder that a panel reads."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from LCTfoundLib.anatomy.quality import Finding, Severity
+from LCTfoundLib.anatomy.structures import STRUCTURES, Lobe, Tree, segments_of_lobe
+from LCTfoundLib.errors import LCTfoundError, UnsuitableImage
+from LCTfoundLib.export.bundle import ExportOptions, LungExport, export_all
+from LCTfoundLib.export.options import TRIANGLES
+from LCTfoundLib.export.parts import STRUCTURE_PARTS
+from LCTfoundLib.export.surfaces import Mesh, SurfaceSettings, lung_surfaces, point_normals
+from LCTfoundLib.export.tables import volume_rows
+from LCTfoundLib.networks.lung import COARSE, FINE, LoadedNet, load_net
+from LCTfoundLib.runtime.device import DeviceChoice, choose_device
+from LCTfoundLib.runtime.files import atomic_folder
+from LCTfoundLib.runtime.progress import Progress
+from LCTfoundLib.tasks.lung_segmentation import LungRequest, Quality, segment_lungs
+from LCTfoundLib.tasks.relabel import BranchName, relabel
+from LCTfoundLib.tasks.segments import only_lobes
+from LCTfoundLib.tasks.state import LungState, StateError, load_state, save_state
+from LCTfoundLib.volume import Volume
+from LCTfoundLib.volume_checks import check_ct, warnings_of
+from LCTfoundLib.weights.registry import list_weights, search_folders
+
+__all__ = ["SCRATCH_VARIABLE", "BadRequest", "perform", "warm"]
+
+#: Environment variable with the folder that outputs must lie in.
+SCRATCH_VARIABLE = "LCTFOUND_SCRATCH"
+
+_MOST_VOXELS = 1_500_000_000
+#: mm; surfaces after a renaming begin at this size: somebody waits, and their triangles are no smaller in the end.
+_RELABELED_VOXEL = 1.3
+
+
+class BadRequest(LCTfoundError):
+    """A request that cannot be understood: a field is missing or of another kind, or a file is not there."""
+
+
+def perform(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+    """Do one job.
+
+    Args:
+        request: as the protocol has it; see the functions of the tasks below for its fields.
+        progress: told about stages; raises ``Cancelled`` when the job was stopped.
+
+    Returns:
+        Fields of the result event.
+
+    Raises:
+        LCTfoundError: of any kind; no file is left behind then.
+    """
+    task = request.get("task")
+    if not isinstance(task, str) or task not in _TASKS:
+        raise BadRequest(f"There is no task '{task}'; choose from {', '.join(_TASKS)}.")
+    return _TASKS[task](_Fields(request), progress)
+
+
+def warm(threads: int) -> dict[str, str]:
+    """Choose the device, load the networks and limit torch's threads.
+
+    Returns:
+        What the device is: ``device``, ``name``, ``precision``, ``reason``.
+
+    Raises:
+        WeightError: missing or damaged weight.
+    """
+    import torch
+
+    torch.set_num_threads(min(threads, torch.get_num_threads()))
+    choice: DeviceChoice = choose_device()
+    for name in (COARSE, FINE):
+        _nets.load(name, None)
+    return {
+        "device": str(choice.device),
+        "name": choice.name,
+        "precision": choice.precision.value,
+        "reason": choice.reason,
+    }
+
+
+class _KeptNets:
+    """Networks stay loaded between jobs, until their file changes."""
+
+    def __init__(self) -> None:
+        self._nets: dict[str, tuple[tuple[str, int, int], LoadedNet]] = {}
+
+    def load(self, name: str, folder: Path | None) -> LoadedNet:
+        """As ``load_net``."""
+        key = self._file(name, folder)
+        kept = self._nets.get(name)
+        if key is None or kept is None or kept[0] != key:
+            net = load_net(name, folder)
+            if key is None:
+                return net
+            kept = self._nets[name] = key, net
+        return kept[1]
+
+    def _file(self, name: str, folder: Path | None) -> tuple[str, int, int] | None:
+        """Path, size and time of change of the file that would be loaded; None when it cannot be told."""
+        if folder is not None and not folder.is_dir():
+            return None  # loading tells what is wrong
+        for entry in list_weights(search_folders(folder)):
+            if entry.name == name:
+                stat = entry.path.stat()
+                return str(entry.path), stat.st_size, stat.st_mtime_ns
+        return None
+
+
+_nets = _KeptNets()
+
+
+# -- requests --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """The fields of a JSON object, each asked for by name and kind."""
+
+    values: Mapping[str, Any]
+
+    def has(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def text(self, name: str, default: str | None = None) -> str:
+        return self._get(name, str, "a text", default)
+
+    def number(self, name: str) -> int:
+        return self._get(name, int, "a whole number", None)
+
+    def group(self, name: str) -> _Fields:
+        """An object; empty where it is missing."""
+        return _Fields(self._get(name, dict, "an object", {}))
+
+    def items(self, name: str) -> list[Any]:
+        """A list; empty where it is missing."""
+        return self._get(name, list, "a list", [])
+
+    def numbers(self, name: str, count: int) -> list[float]:
+        values = self.items(name)
+        plain = all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+        if len(values) != count or not plain:
+            raise BadRequest(f"'{name}' must be {count} finite numbers.")
+        return [float(value) for value in values]
+
+    def path(self, name: str) -> Path:
+        """An absolute path: the worker's own folder means nothing to who asks."""
+        path = Path(self.text(name))
+        if not path.is_absolute() or "\0" in str(path):
+            raise BadRequest(f"'{name}' must be an absolute path, it is '{path}'.")
+        return path
+
+    def file(self, name: str) -> Path:
+        """A file that is there."""
+        path = self.path(name)
+        if not path.is_file():
+            raise BadRequest(f"There is no file {path}; '{name}' must name one.")
+        return path
+
+    def output(self) -> Path:
+        """A new folder, within the scratch folder where one is set."""
+        path, scratch = self.path("output"), os.environ.get(SCRATCH_VARIABLE)
+        if scratch and not path.resolve().is_relative_to(Path(scratch).resolve()):
+            raise BadRequest(f"The output {path} lies outside of the session's folder {scratch}; put it there.")
+        return path
+
+    def _get(self, name: str, kind: type, what: str, default: Any) -> Any:
+        value = self.values.get(name)
+        value = default if value is None else value
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise BadRequest(f"'{name}' must be {what}.")
+        return value
+
+
+def _ct(fields: _Fields, progress: Progress) -> Volume:
+    """A checked CT; what had to be mended is told as warnings."""
+    volume = _volume(fields, _array(fields.file("array")))
+    if volume.array.size > _MOST_VOXELS:
+        raise UnsuitableImage(f"The image has {volume.array.size} voxels; crop it to the chest.")
+    ct = check_ct(volume)
+    for text in warnings_of(ct):
+        progress.warn(text)
+    return ct
+
+
+def _volume(fields: _Fields, array: np.ndarray) -> Volume:
+    (a, b, c), (x, y, z) = fields.numbers("spacing", 3), fields.numbers("origin", 3)
+    direction = np.array(fields.numbers("direction", 9)).reshape(3, 3)
+    metadata = {str(key): str(value) for key, value in fields.group("metadata").values.items()}
+    if array.ndim != 3:
+        raise UnsuitableImage(f"The image has {array.ndim} dimensions; give one volume.")
+    try:
+        return Volume(array, (a, b, c), (x, y, z), direction, metadata)
+    except ValueError as error:
+        raise UnsuitableImage(f"The image's geometry cannot be used ({error}); resample it to right angles.") from error
+
+
+def _array(path: Path) -> np.ndarray:
+    """An array file, mapped; nothing in it is run."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise BadRequest(f"{path} is damaged or no array file ({error}); write it again.") from error
+    except OSError as error:
+        raise BadRequest(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+
+
+def _labels(path: Path, ct: Volume, most: int) -> Volume:
+    """A label map on the CT's grid."""
+    array = _array(path)
+    if array.shape != ct.shape or array.dtype != np.uint8 or array.max(initial=0) > most:
+        raise BadRequest(f"{path} must be a label map of codes 0-{most} (uint8) with the CT's size; write it again.")
+    return ct.with_array(np.ascontiguousarray(array))
+
+
+# -- segmentation ----------------------------------------------------------------------------------------------------
+
+
+def _segment_lungs(fields: _Fields, progress: Progress) -> dict[str, Any]:
+    """``input`` (array, spacing, origin, direction, metadata), ``options`` (quality, device, weights_folder),
+    ``output``."""
+    checking, segmenting, surfaces, writing = progress.split(
+        {"Checking the CT": 2, "Segmentation": 80, "Surfaces": 15, "Writing the result": 3}
+    )
+    checking.update(0.0)
+    output, request = fields.output(), _lung_request(fields.group("options"))
+    ct = _ct(fields.group("input"), checking)
+    result = segment_lungs(ct, request, segmenting, _nets.load)
+    state = result.state
+    assert state is not None
+    mended = [Finding(Severity.WARNING, "image", text) for text in warnings_of(ct)]
+    state.findings = sorted([*mended, *state.findings], key=lambda finding: -finding.severity)
+    meshes = lung_surfaces(result.segments, result.trees, _surface_settings(TRIANGLES), surfaces)
+    writing.update(0.0)
+    with atomic_folder(output) as folder:
+        _write_result(folder, state, result.segments, result.trees, ct, meshes, {})
+        writing.check()
+    writing.done()
+    return {"folder": str(output)}
+
+
+def _lung_request(options: _Fields) -> LungRequest:
+    quality = options.text("quality", Quality.STANDARD.value)
+    if quality not in set(Quality):
+        raise BadRequest(f"There is no quality '{quality}'; choose from {', '.join(Quality)}.")
+    weights = options.text("weights_folder", "")
+    return LungRequest(Quality(quality), options.text("device", "auto"), Path(weights) if weights else None)
+
+
+def _surface_settings(triangles: int) -> SurfaceSettings:
+    """As many threads as torch may use, four at most."""
+    import torch
+
+    return SurfaceSettings(triangle_budget=triangles, threads=min(4, torch.get_num_threads()))
+
+
+def _write_result(
+    folder: Path,
+    state: LungState,
+    segments: Volume,
+    trees: Volume,
+    ct: Volume | None,
+    meshes: Mapping[str, Mesh],
+    facts: Mapping[str, Any],
+) -> None:
+    """Label maps, meshes, graphs, state and ``result.json``."""
+    np.save(folder / "segments.npy", segments.array)
+    np.save(folder / "trees.npy", trees.array)
+    _save_meshes(meshes, folder / "meshes.npz")
+    _save_graphs(state, folder / "graphs.npz")
+    save_state(state, folder / "state.npz")
+    content = {
+        "confidence": state.confidence,
+        "findings": [_plain(finding) for finding in state.findings],
+        "provenance": state.provenance,
+        "volumes": _volumes(segments, trees, ct, state.confidence),
+    }
+    (folder / "result.json").write_text(json.dumps(content | dict(facts), indent=1, allow_nan=False), encoding="utf-8")
+
+
+def _save_meshes(meshes: Mapping[str, Mesh], path: Path) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    for key, mesh in meshes.items():
+        arrays[f"{key}.points"] = mesh.points.astype(np.float32)
+        arrays[f"{key}.faces"] = mesh.faces.astype(np.int32)
+        arrays[f"{key}.normals"] = point_normals(mesh.points, mesh.faces).astype(np.float32)
+    np.savez(path, **arrays)  # type: ignore[arg-type]  # numpy takes any name
+
+
+def _save_graphs(state: LungState, path: Path) -> None:
+    kinds = {
+        "points": np.float32,
+        "radius": np.float32,
+        "parent": np.int32,
+        "segment": np.uint8,
+        "generation": np.int32,
+        "confidence": np.float32,
+    }
+    arrays = {
+        f"{tree.name.lower()}.{name}": getattr(graph, name).astype(kind)
+        for tree, graph in state.graphs.items()
+        for name, kind in kinds.items()
+    }
+    np.savez(path, **arrays)
+
+
+def _plain(finding: Finding) -> dict[str, Any]:
+    return {
+        "severity": int(finding.severity),
+        "name": finding.severity.name.lower(),
+        "structure": finding.structure,
+        "sentence": finding.sentence,
+    }
+
+
+def _volumes(
+    segments: Volume, trees: Volume, ct: Volume | None, confidence: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Rows of the volumes table; without a CT the mean HU is unknown."""
+    image = ct or segments.with_array(np.broadcast_to(np.int16(0), segments.shape))
+    rows = volume_rows(segments, trees, image, confidence)
+    return [asdict(row if ct else replace(row, mean_hu=None)) for row in rows]
+
+
+# -- relabeling ------------------------------------------------------------------------------------------------------
+
+
+def _relabel(fields: _Fields, progress: Progress) -> dict[str, Any]:
+    """``state`` (file), ``ct`` (as ``input`` above, or null), ``changes`` (tree, branch, segment), ``output``;
+    ``lobes`` (codes): to compute again in any case, such as those of a change that was taken back.
+
+    The output has meshes of the segments of the lobes computed again, which ``lobes`` in its ``result.json`` names.
+    """
+    reading, naming, surfaces, writing = progress.split(
+        {"Reading the segmentation": 15, "Segments": 45, "Surfaces": 30, "Writing the result": 10}
+    )
+    reading.update(0.0)
+    output, changes, again = fields.output(), _changes(fields), _lobes(fields)
+    state = load_state(fields.file("state"))
+    ct = _ct(fields.group("ct"), reading) if fields.has("ct") else None
+    if ct is not None and not ct.same_grid(state.grid):
+        raise StateError("The CT is not the one that was segmented (other size or position); choose that or none.")
+    result = relabel(state, changes, naming, again)
+    meshes = _surfaces_of(result.segments, result.lobes, surfaces)
+    writing.update(0.0)
+    with atomic_folder(output) as folder:
+        lobes = {"lobes": sorted(int(lobe) for lobe in result.lobes)}
+        _write_result(folder, result.state, result.segments, result.trees, ct, meshes, lobes)
+        writing.check()
+    writing.done()
+    return {"folder": str(output)}
+
+
+def _changes(fields: _Fields) -> list[BranchName]:
+    trees = {tree.name.lower(): tree for tree in Tree}
+    changes = []
+    for item in fields.items("changes"):
+        change = _Fields(item if isinstance(item, dict) else {})
+        name = change.text("tree")
+        if name not in trees:
+            raise BadRequest(f"There is no tree '{name}'; choose airway or artery.")
+        changes.append(BranchName(trees[name], change.number("branch"), change.number("segment")))
+    return changes
+
+
+def _lobes(fields: _Fields) -> list[Lobe]:
+    codes = fields.items("lobes")
+    if not all(isinstance(code, int) and code in set(Lobe) for code in codes):
+        raise BadRequest(f"'lobes' must be codes from 1 to {len(Lobe)}.")
+    return [Lobe(code) for code in codes]
+
+
+def _surfaces_of(segments: Volume, lobes: Collection[Lobe], progress: Progress) -> dict[str, Mesh]:
+    """Surfaces of the segments of some lobes, with their share of the triangles."""
+    wanted = {segment.key for lobe in lobes for segment in segments_of_lobe(lobe)}
+    if not wanted:
+        return {}
+    parts = [part for part in STRUCTURE_PARTS if part.key in wanted]
+    mine = segments.with_array(only_lobes(segments.array, lobes))
+    no_trees = Volume(np.zeros((1, 1, 1), np.uint8))
+    settings = replace(_surface_settings(TRIANGLES * len(wanted) // len(STRUCTURES)), segment_voxel=_RELABELED_VOXEL)
+    return lung_surfaces(mine, no_trees, settings, progress, parts)
+
+
+# -- export and doctor -----------------------------------------------------------------------------------------------
+
+
+def _export(fields: _Fields, progress: Progress) -> dict[str, Any]:
+    """``input``, ``segments`` and ``trees`` (files), ``confidence``, ``findings``, ``provenance``, ``edited``,
+    ``options`` (see ``ExportOptions``), ``case`` (name), ``folder`` (target)."""
+    checking, exporting = progress.split({"Checking the CT": 5, "Export": 95})
+    checking.update(0.0)
+    folder, options = fields.path("folder"), ExportOptions.parse(fields.group("options").values)
+    ct = _ct(fields.group("input"), checking)
+    content = LungExport(
+        fields.text("case", "case"),
+        _labels(fields.file("segments"), ct, len(STRUCTURES) - len(Tree)),
+        _labels(fields.file("trees"), ct, max(Tree)),
+        ct,
+        _confidence(fields.group("confidence").values),
+        _findings(fields.items("findings")),
+        fields.group("provenance").values,
+        edited=bool(fields.values.get("edited", False)),
+    )
+    export_all(content, folder, options, exporting)
+    exporting.done()
+    return {"folder": str(folder)}
+
+
+def _confidence(values: Mapping[str, Any]) -> dict[str, float]:
+    try:
+        return {str(key): float(value) for key, value in values.items()}
+    except (TypeError, ValueError) as error:
+        raise BadRequest("'confidence' must hold numbers.") from error
+
+
+def _findings(items: Sequence[Any]) -> list[Finding]:
+    try:
+        return [Finding(Severity(int(f["severity"])), str(f["structure"]), str(f["sentence"])) for f in items]
+    except (TypeError, KeyError, ValueError) as error:
+        raise BadRequest("'findings' must hold objects with severity (0-2), structure and sentence.") from error
+
+
+def _doctor(fields: _Fields, progress: Progress) -> dict[str, Any]:
+    """``folder`` (whose disk is looked at; optional), ``weights_folder`` (optional)."""
+    from LCTfoundLib.doctor import examine
+
+    progress.update(0.0, "Looking at the computer")
+    weights = fields.text("weights_folder", "")
+    place = fields.path("folder") if fields.has("folder") else Path.home()
+    checks = examine(place, Path(weights) if weights else None)
+    progress.done()
+    return {"checks": [{"what": c.what, "value": c.value, "verdict": c.verdict.value} for c in checks]}
+
+
+_TASKS: dict[str, Callable[[_Fields, Progress], dict[str, Any]]] = {
+    "segment_lungs": _segment_lungs,
+    "relabel": _relabel,
+    "export": _export,
+    "doctor": _doctor,
+}
