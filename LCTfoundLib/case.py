@@ -263,8 +263,8 @@ def _is_dicom(source: Path) -> bool:
 
 
 def _plain(options: CaseOptions) -> dict[str, Any]:
-    formats, folder = list(options.formats), str(options.weights_folder or "")
-    return asdict(options) | {"formats": formats, "weights_folder": folder}
+    lists = {"formats": list(options.formats), "structures": list(options.structures)}
+    return asdict(options) | lists | {"weights_folder": str(options.weights_folder or "")}
 
 
 def _record(

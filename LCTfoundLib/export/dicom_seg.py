@@ -112,9 +112,9 @@ def write_dicom_seg(
     on_series = [labels.to_canonical().restore_to(series.grid).array for labels in (segments, trees)]
     numbers = {part.key: number for number, part in enumerate(present, start=1)}
     layers = layers_of(present, on_series[0], on_series[1], numbers)
-    images = _source_images(series)
-    descriptions = [_description(part, numbers[part.key], images[0], making or Making()) for part in present]
-    whole = _joined([_segmentation(layer, series, images, descriptions) for layer in layers], _overlap(layers))
+    source = _Source.of(series)
+    descriptions = [_description(part, numbers[part.key], source.images[0], making or Making()) for part in present]
+    whole = _joined([_segmentation(layer, source, descriptions) for layer in layers], _overlap(layers))
     whole.save_as(path)
     return [part.key for part in present]
 
@@ -140,23 +140,51 @@ def _present(parts: Sequence[Part], segments: np.ndarray, trees: np.ndarray) -> 
 # -- the source ------------------------------------------------------------------------------------------------------
 
 
-def _source_images(series: SourceSeries) -> list[Dataset]:
-    """Headers of the files, in the order of their first planes, made fit to be copied from."""
-    files = dict.fromkeys(file for file, _ in series.images)
-    images: list[Dataset] = [pydicom.dcmread(file, stop_before_pixels=True, force=True) for file in files]
-    for image in images:
-        missing = [keyword for keyword in _NEEDED if not image.get(keyword)]
-        if missing:
-            raise UnsuitableImage(f"The files of the DICOM series have no {', '.join(missing)}; {_OTHER_FORMATS}.")
-        # Scanners round the same direction differently from slice to slice; a segmentation has one for all.
-        if "ImageOrientationPatient" in image:
-            image.ImageOrientationPatient = images[0].ImageOrientationPatient
-    _mend(images[0])
-    return images
+@dataclass(frozen=True)
+class _Source:
+    """The CT's headers, made fit to be copied from.
+
+    Attributes:
+        images: in the order of their first planes.
+        plane_order: the plane of each image, or of each frame of the one image, in its order: so highdicom wants them.
+        charset: of the patient's name, which highdicom 0.27 does not copy and 0.28 does not always understand.
+    """
+
+    images: list[Dataset]
+    plane_order: np.ndarray
+    charset: Any
+
+    @classmethod
+    def of(cls, series: SourceSeries) -> _Source:
+        files = dict.fromkeys(file for file, _ in series.images)
+        images: list[Dataset] = [pydicom.dcmread(file, stop_before_pixels=True, force=True) for file in files]
+        for image in images:
+            missing = [keyword for keyword in _NEEDED if not image.get(keyword)]
+            if missing:
+                raise UnsuitableImage(f"The files of the DICOM series have no {', '.join(missing)}; {_OTHER_FORMATS}.")
+            # Scanners round the same direction differently from slice to slice; a segmentation has one for all.
+            if "ImageOrientationPatient" in image:
+                image.ImageOrientationPatient = images[0].ImageOrientationPatient
+        first = images[0]
+        first.decode()
+        charset = first.pop("SpecificCharacterSet", None)
+        _mend(first, series.grid.spacing[2])
+        return cls(images, _plane_order(series, images), charset.value if charset else None)
 
 
-def _mend(image: Dataset) -> None:
-    """Patient and study as a new object may have them: nothing missing, no value that is none."""
+def _plane_order(series: SourceSeries, images: Sequence[Dataset]) -> np.ndarray:
+    if len(images) == len(series.images):
+        return np.arange(len(images))
+    frames = [frame for _, frame in series.images if frame is not None]
+    if len(images) > 1 or len(frames) != int(images[0].get("NumberOfFrames", 1)):
+        raise UnsuitableImage(
+            f"The CT is only a part of a multi-frame DICOM file, or lies in several; {_OTHER_FORMATS}."
+        )
+    return np.argsort(frames)
+
+
+def _mend(image: Dataset, thickness: float) -> None:
+    """Patient, study and thickness (mm) as a new object may have them: nothing missing, no value that is none."""
     for keyword in _MAY_BE_EMPTY:
         if keyword not in image:
             setattr(image, keyword, "")
@@ -167,26 +195,25 @@ def _mend(image: Dataset) -> None:
             kind(image[keyword].value)
         except (TypeError, ValueError):
             setattr(image, keyword, "")
+    if not image.get("SliceThickness"):
+        image.SliceThickness = f"{thickness:.10g}"
 
 
 # -- the segmentation ------------------------------------------------------------------------------------------------
 
 
-def _segmentation(
-    layer: LabelLayer, series: SourceSeries, images: Sequence[Dataset], descriptions: Sequence[SegmentDescription]
-) -> Segmentation:
+def _segmentation(layer: LabelLayer, source: _Source, descriptions: Sequence[SegmentDescription]) -> Segmentation:
     """A DICOM Segmentation that describes all parts and holds the frames of one layer, which do not overlap."""
     import highdicom as hd
 
-    planes = layer.whole()[_plane_order(series, images)]
     try:
         segmentation = hd.seg.Segmentation(
-            source_images=images,
-            pixel_array=planes,
+            source_images=source.images,
+            pixel_array=layer.whole()[source.plane_order],
             segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
             segment_descriptions=descriptions,
             series_instance_uid=hd.UID(),
-            series_number=_series_number(images[0]),
+            series_number=_series_number(source.images[0]),
             sop_instance_uid=hd.UID(),
             instance_number=1,
             manufacturer="LCTfound",
@@ -201,21 +228,9 @@ def _segmentation(
         raise UnsuitableImage(
             f"The headers of the DICOM series lack what a DICOM segmentation needs ({error}); {_OTHER_FORMATS}."
         ) from error
-    if "SpecificCharacterSet" in images[0]:  # highdicom copies it from version 0.28 on
-        segmentation.SpecificCharacterSet = images[0].SpecificCharacterSet
+    if source.charset is not None:
+        segmentation.SpecificCharacterSet = source.charset
     return segmentation
-
-
-def _plane_order(series: SourceSeries, images: Sequence[Dataset]) -> np.ndarray:
-    """Plane number of each image, or of each frame of the one image, in its order: so highdicom wants them."""
-    if len(images) == len(series.images):
-        return np.arange(len(images))
-    frames = [frame for _, frame in series.images if frame is not None]
-    if len(images) > 1 or len(frames) != int(images[0].get("NumberOfFrames", 1)):
-        raise UnsuitableImage(
-            f"The CT is only a part of a multi-frame DICOM file, or lies in several; {_OTHER_FORMATS}."
-        )
-    return np.argsort(frames)
 
 
 def _series_number(image: Dataset) -> int:
@@ -262,15 +277,17 @@ def _joined_bits(layers: Sequence[Segmentation]) -> bytes:
 
 
 def _number_planes(segmentation: Segmentation) -> None:
-    """Set the frames' index of position (from 1), which counts the planes that have a frame."""
+    """Set the frames' index of position, which counts the planes that have a frame, from 1 in the frames' direction."""
     frames = segmentation.PerFrameFunctionalGroupsSequence
     axes = segmentation.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0].ImageOrientationPatient
     normal = np.cross(np.array(axes[:3], float), np.array(axes[3:], float))
     positions = [frame.PlanePositionSequence[0].ImagePositionPatient for frame in frames]
     heights = np.round(np.array(positions, float) @ normal, 3)
-    for frame, number in zip(frames, np.unique(heights, return_inverse=True)[1], strict=True):
-        content = frame.FrameContentSequence[0]
-        content.DimensionIndexValues = [content.DimensionIndexValues[0], int(number) + 1]
+    segments = [frame.FrameContentSequence[0].DimensionIndexValues[0] for frame in frames]
+    falling = np.diff(heights)[np.diff(segments) == 0].sum() < 0
+    numbers = np.unique(-heights if falling else heights, return_inverse=True)[1] + 1
+    for frame, segment, number in zip(frames, segments, numbers.tolist(), strict=True):
+        frame.FrameContentSequence[0].DimensionIndexValues = [segment, number]
 
 
 # -- the segments ----------------------------------------------------------------------------------------------------
