@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,7 @@ class LCTfoundLungSegmentationLogic(ScriptedLoadableModuleLogic):
     ) -> Any:
         from LCTfoundSlicer.branches import BranchPicker
         from LCTfoundSlicer.lung_result import LungCase, applyRelabeled
-        from LCTfoundSlicer.mrml import engineGeometry, writeArray
+        from LCTfoundSlicer.mrml import engineGeometry
         from LCTfoundSlicer.run import PanelRun, RunFailed, scratchFolder
 
         case = LungCase(segmentation)
@@ -202,8 +202,8 @@ class LCTfoundLungSegmentationLogic(ScriptedLoadableModuleLogic):
         def payload() -> dict[str, Any]:
             return {
                 "state": str(case.writeState(folder / "state.npz")),
-                "ct": geometry.request(folder / "ct.npy", {"name": volume.GetName()}),
                 "changes": [{"tree": c.tree, "branch": c.branch, "segment": c.segment} for c in changes],
+                "lobes": [int(lobe) for lobe in lobes],
                 "output": str(folder / "result"),
             }
 
@@ -212,8 +212,8 @@ class LCTfoundLungSegmentationLogic(ScriptedLoadableModuleLogic):
             yield from applyRelabeled(Path(result["folder"]), segmentation, volume, geometry, history, lobes)
             return segmentation
 
-        sending = writeArray(volume, folder / "ct.npy")
-        run = PanelRun("relabel", sending, payload, show, folder, listener).start()
+        nothing: Generator[float, None, None] = (share for share in ())  # the state holds all that is needed
+        run = PanelRun("relabel", nothing, payload, show, folder, listener).start()
         return run.wait() if waitForCompletion else run
 
     def copyForEditing(self, segmentation: Any) -> Any:
@@ -269,9 +269,7 @@ class LCTfoundLungSegmentationLogic(ScriptedLoadableModuleLogic):
             yield from (0.5 + 0.5 * share for share in writeArray(volume, scratch / "ct.npy"))
 
         def payload() -> dict[str, Any]:
-            provenance = result.get("provenance", {}) | (
-                {"edited": "boundaries edited by hand"} if case.isEdited else {}
-            )
+            provenance = dict(result.get("provenance", {}))
             if case.changes:
                 provenance["renamed branches"] = json.loads(segmentation.GetAttribute("LCTfound.Changes"))
             return {
@@ -289,8 +287,9 @@ class LCTfoundLungSegmentationLogic(ScriptedLoadableModuleLogic):
                     "single_file": singleFile,
                     "source_dicom": dicomFilesOf(volume) or None,
                 },
+                "edited": case.isEdited,
                 "case": volume.GetName(),
-                "folder": str(folder),
+                "folder": str(Path(folder).absolute()),
             }
 
         def show(result: dict[str, Any]) -> Iterator[float]:
