@@ -1,0 +1,1 @@
+"""What the panels share: the way between Slicer's scene and the engine."""
