@@ -85,6 +85,7 @@ class SurfaceSettings:
             Segments of 2.5 mm slices keep terraces at (20, 0.02) and lose their edges at (80, 0.001).
         segment_voxel: mm; segments on a finer grid are averaged to about this size first, trees never are.
         tree_weight: triangles a tree may keep, relative to a segment of as many.
+        most_kept: share of its triangles that any surface keeps at most.
         threads: structures worked on at once; 0 means one per core, at most four.
     """
 
@@ -93,6 +94,7 @@ class SurfaceSettings:
     tree_smoothing: tuple[int, float] = (20, 0.08)
     segment_voxel: float = 0.9
     tree_weight: float = 2.0
+    most_kept: float = 0.5
     threads: int = 0
 
 
@@ -256,15 +258,18 @@ def _arrays(surface: vtk.vtkPolyData) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _share_budget(raw: Mapping[str, Mesh], parts: Sequence[Part], settings: SurfaceSettings) -> dict[str, int]:
-    """Triangles each part may keep: at most half of what it has, and the budget in all."""
+    """Triangles each part may keep: at most a share of what it has, and the budget in all."""
     weights = {p.key: len(raw[p.key].faces) * (settings.tree_weight if p.is_tree else 1.0) for p in parts}
     total = max(sum(weights.values()), 1.0)
-    return {k: int(min(len(m.faces) // 2, settings.triangle_budget * weights[k] / total)) for k, m in raw.items()}
+    most, budget = settings.most_kept, settings.triangle_budget
+    return {k: int(min(most * len(m.faces), budget * weights[k] / total)) for k, m in raw.items()}
 
 
 def _finish(raw: Mesh, triangles: int) -> Mesh:
     """Decimate and give back the label's volume."""
-    points, faces = decimate(raw.points, _without_bubbles(raw), max(triangles, 2 * _LEAST_SMOOTHED))
+    points, faces = raw.points, _without_bubbles(raw)
+    if len(faces) > max(triangles, 2 * _LEAST_SMOOTHED):
+        points, faces = decimate(points, faces, max(triangles, 2 * _LEAST_SMOOTHED))
     return Mesh(_with_volume(points, faces, raw.label_volume), faces, raw.label_volume)
 
 
