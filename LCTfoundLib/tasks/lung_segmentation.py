@@ -400,7 +400,8 @@ def _fused_lobes(fine: FineProbabilities, coarse: Probabilities) -> Probabilitie
 
 def _state(ct: Volume, trees: _Trees, parts: _Segments) -> LungState:
     grid = Volume(np.broadcast_to(np.uint8(0), ct.shape), ct.spacing, ct.origin, ct.direction)
-    return LungState(grid, parts.segments, parts.segments.with_array(trees.labels), parts.prior, parts.graphs)
+    given = {tree: graph.segment.copy() for tree, graph in parts.graphs.items()}
+    return LungState(grid, parts.segments, parts.segments.with_array(trees.labels), parts.prior, parts.graphs, given)
 
 
 def _on_input_grid(state: LungState) -> tuple[Volume, Volume]:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from LCTfoundLib.anatomy.graph import TreeGraph
-from LCTfoundLib.anatomy.masks import sample
+from LCTfoundLib.anatomy.masks import Probabilities, sample
 from LCTfoundLib.anatomy.quality import Finding
 from LCTfoundLib.anatomy.structures import LOBE_OF_SEGMENT, Lobe, Tree, segment_by_code, segments_of_lobe
 from LCTfoundLib.runtime.progress import Progress
-from LCTfoundLib.tasks.segments import divide, judge, lobes_of, tile_lobes, variants
+from LCTfoundLib.tasks.segments import divide, judge, lobes_of, overrule, tile_lobes, variants
 from LCTfoundLib.tasks.state import LungState, StateError
 from LCTfoundLib.volume import Volume
 
@@ -77,14 +77,15 @@ def relabel(
     graphs, concerned = _renamed(state, lobes, changes)
     concerned |= set(again)
     work = state.segments.with_array(state.segments.array.copy())
-    divided = divide(lobes.with_array(_masked(lobes.array, concerned)), graphs, state.prior)
+    effective, prior = overrule(graphs, state.given, state.prior)
+    divided = divide(lobes.with_array(_masked(lobes.array, concerned)), effective, prior)
     np.copyto(work.array, divided, where=divided > 0)
     progress.update(0.3)
     result = replace(state, segments=work, graphs=graphs)
     segments = _on_input_grid(state, result, concerned)
     progress.update(0.7)
     trees = result.trees_on_input_grid()
-    result.findings, result.confidence = _judged(state, result, concerned)
+    result.findings, result.confidence = _judged(state, result, prior, concerned)
     progress.done()
     return Relabeled(result, segments, trees, frozenset(concerned))
 
@@ -99,7 +100,7 @@ def _renamed(state: LungState, lobes: Volume, changes: Sequence[BranchName]) -> 
     for change in changes:
         nodes = _subtree(graphs, change)
         graph = graphs[change.tree]
-        _check_place(graph.points[nodes], lobes, change)
+        _check_place(graph, nodes, lobes, change)
         codes = {int(code) for code in graph.segment[nodes]}
         if codes != {change.segment}:
             concerned |= {Lobe(LOBE_OF_SEGMENT[code]) for code in codes | {change.segment} if code}
@@ -122,13 +123,18 @@ def _subtree(graphs: dict[Tree, TreeGraph], change: BranchName) -> np.ndarray:
     return branches.descendants(int(branches.of_node[change.branch]))[branches.of_node]
 
 
-def _check_place(points: np.ndarray, lobes: Volume, change: BranchName) -> None:
-    """Refuse a segment of a lobe that the branch does not lie in: territories stay within their lobes."""
+def _check_place(graph: TreeGraph, nodes: np.ndarray, lobes: Volume, change: BranchName) -> None:
+    """Refuse a segment of a lobe that the branch does not lie in: territories stay within their lobes.
+
+    A branch that lies wholly in a hilum belongs to the lobe that it is named by.
+    """
     if not change.segment:
         return
     wanted = segment_by_code(change.segment)
     assert wanted.lobe is not None
-    counts = np.bincount(sample(lobes, points, order=0).astype(int), minlength=len(Lobe) + 1)[1:]
+    places = sample(lobes, graph.points[nodes], order=0).astype(int)
+    places = places if places.any() else LOBE_OF_SEGMENT[graph.segment[nodes]]
+    counts = np.bincount(places, minlength=len(Lobe) + 1)[1:]
     shares = counts / max(1, counts.sum())
     if shares[wanted.lobe - 1] >= _OWNED:
         return
@@ -137,9 +143,9 @@ def _check_place(points: np.ndarray, lobes: Volume, change: BranchName) -> None:
         raise StateError(f"The branch lies outside the lungs, so it cannot be {wanted.name}; choose one further down.")
     if not owners:
         raise StateError(f"The branch supplies several lobes, so it cannot be {wanted.name}; choose one further down.")
-    places = " and ".join(f"the {lobe.label.lower()}" for lobe in owners)
+    where = " and ".join(f"the {lobe.label.lower()}" for lobe in owners)
     names = ", ".join(segment.name for lobe in owners for segment in segments_of_lobe(lobe))
-    raise StateError(f"The branch lies in {places}, so it cannot be {wanted.name}; choose from {names}.")
+    raise StateError(f"The branch lies in {where}, so it cannot be {wanted.name}; choose from {names}.")
 
 
 def _masked(lobes: np.ndarray, wanted: set[Lobe]) -> np.ndarray:
@@ -159,14 +165,16 @@ def _on_input_grid(old: LungState, new: LungState, concerned: set[Lobe]) -> Volu
     return segments
 
 
-def _judged(old: LungState, new: LungState, concerned: set[Lobe]) -> tuple[list[Finding], dict[str, float]]:
+def _judged(
+    old: LungState, new: LungState, prior: Probabilities, concerned: set[Lobe]
+) -> tuple[list[Finding], dict[str, float]]:
     """Findings and confidence of the new result; what rests on no name that changed is taken over."""
     if not concerned:
         return list(old.findings), dict(old.confidence)
     keys = {segment.key for lobe in concerned for segment in segments_of_lobe(lobe)}
     replaced = set(variants(old.graphs[Tree.AIRWAY]))
     kept = [finding for finding in old.findings if finding.structure not in keys and finding not in replaced]
-    on_segments, confidence = judge(new.segments, new.prior, concerned)
+    on_segments, confidence = judge(new.segments, prior, concerned)
     findings = [*kept, *on_segments, *variants(new.graphs[Tree.AIRWAY])]
     confidence |= {key: value for key, value in old.confidence.items() if key not in keys}
     return sorted(findings, key=lambda finding: -finding.severity), confidence

@@ -5,10 +5,12 @@ Both go through the same steps lobe by lobe, so that a lobe none of whose branch
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from scipy import ndimage
+from scipy.spatial import cKDTree
 
 from LCTfoundLib.anatomy.airway_labels import LabeledTree, airway_findings
 from LCTfoundLib.anatomy.graph import TreeGraph
@@ -18,10 +20,24 @@ from LCTfoundLib.anatomy.structures import LOBE_OF_SEGMENT, SEGMENTS, Lobe, Tree
 from LCTfoundLib.anatomy.territories import connect_labels, territories
 from LCTfoundLib.volume import Volume
 
-__all__ = ["divide", "judge", "lobes_of", "only_lobes", "rounded_prior", "spread", "tile_lobes", "variants"]
+__all__ = [
+    "divide",
+    "judge",
+    "lobes_of",
+    "only_lobes",
+    "overrule",
+    "rounded_prior",
+    "spread",
+    "tile_lobes",
+    "variants",
+]
 
 #: Steps of a probability that a state keeps.
 _LEVELS = 255
+#: Up to this distance an artery runs along a bronchus.
+_BUNDLE_MM = 10.0
+#: A branch that was named by hand decides about what lies no farther than this; beyond, trees decide little.
+_REACH_MM = 30.0
 
 
 def rounded_prior(prior: Probabilities) -> Probabilities:
@@ -54,6 +70,72 @@ def divide(lobes: Volume, graphs: Mapping[Tree, TreeGraph], prior: Probabilities
     return territories(lobes, [graphs[Tree.AIRWAY], graphs[Tree.ARTERY]], prior).segments
 
 
+# -- names given by hand ---------------------------------------------------------------------------------------------
+
+
+def overrule(
+    graphs: Mapping[Tree, TreeGraph], given: Mapping[Tree, np.ndarray], prior: Probabilities
+) -> tuple[dict[Tree, TreeGraph], Probabilities]:
+    """What territories are made from when a person named branches otherwise than the engine.
+
+    Arteries that run with a renamed bronchus follow it, and near a renamed branch the network has no say: it is often
+    the network whose opinion was wrong. Without such branches everything stays as it is.
+
+    Args:
+        graphs: with the names that count.
+        given: (N,) segments by tree, as the engine named the nodes of airway and artery.
+        prior: the network's segments.
+    """
+    artery = _following(graphs[Tree.AIRWAY], graphs[Tree.ARTERY], given)
+    followed = {**graphs, Tree.ARTERY: artery}
+    return followed, _overruled([(followed[tree], given[tree]) for tree in (Tree.AIRWAY, Tree.ARTERY)], prior)
+
+
+def _following(airway: TreeGraph, artery: TreeGraph, given: Mapping[Tree, np.ndarray]) -> TreeGraph:
+    """The artery with the new names of the bronchi it runs with, where nobody named it itself."""
+    before = given[Tree.AIRWAY]
+    renamed = _by_hand(airway.segment, before)
+    if not renamed.any() or not len(artery):
+        return artery
+    nodes = np.flatnonzero((airway.segment > 0) | (before > 0))
+    distance, place = cKDTree(airway.points[nodes]).query(artery.points)
+    beside = nodes[place]
+    new = airway.segment[beside]
+    untouched = (artery.segment > 0) & (artery.segment == given[Tree.ARTERY])
+    together = (artery.segment == before[beside]) | (distance < _BUNDLE_MM)
+    same_lobe = LOBE_OF_SEGMENT[artery.segment] == LOBE_OF_SEGMENT[new]
+    follows = renamed[beside] & untouched & together & same_lobe
+    return replace(artery, segment=np.where(follows, new, artery.segment))
+
+
+def _overruled(trees: Sequence[tuple[TreeGraph, np.ndarray]], prior: Probabilities) -> Probabilities:
+    """The network's segments, where the nearest branch was renamed all in favor of its new name."""
+    points = np.concatenate([graph.points for graph, _ in trees])
+    codes = np.concatenate([graph.segment for graph, _ in trees])
+    by_hand = np.concatenate([_by_hand(graph.segment, before) for graph, before in trees])
+    if not by_hand.any():
+        return prior
+    values = prior.values.copy()
+    for lobe in {Lobe(code) for code in LOBE_OF_SEGMENT[codes[by_hand]]}:
+        own = np.flatnonzero(LOBE_OF_SEGMENT == lobe)
+        mass = values[own].sum(axis=0)
+        mine = np.isin(codes, own)
+        index = np.argwhere(mass > 0)
+        distance, node = cKDTree(points[mine]).query(prior.grid.world_from_index(index))
+        decided = by_hand[mine][node] & (distance <= _REACH_MM)
+        where = tuple(index[decided].T)
+        for code in own:
+            values[code][where] = np.where(codes[mine][node[decided]] == code, mass[where], 0.0)
+    return Probabilities(prior.grid, values)
+
+
+def _by_hand(segment: np.ndarray, given: np.ndarray) -> np.ndarray:
+    return (segment > 0) & (segment != given)
+
+
+# -- the input's grid ------------------------------------------------------------------------------------------------
+
+
 def tile_lobes(segments: np.ndarray, lobes: np.ndarray, wanted: Collection[Lobe] = tuple(Lobe)) -> np.ndarray:
     """Segments that tile their lobes exactly, each in one piece as far as its lobe is; other lobes are left empty.
 
@@ -72,6 +154,9 @@ def tile_lobes(segments: np.ndarray, lobes: np.ndarray, wanted: Collection[Lobe]
         tiled = connect_labels(only_lobes(segments[box], [lobe]), inside)
         result[box][inside] = tiled[inside]
     return result
+
+
+# -- how good they are -----------------------------------------------------------------------------------------------
 
 
 def judge(

@@ -59,6 +59,7 @@ class LungState:
         trees: uint8 ``Tree`` codes on the working grid.
         prior: the coarse net's segments, float32 (19, k, j, i) in steps of 1/255.
         graphs: labeled centerlines of the three trees, LPS mm.
+        given: (N,) int64 by tree, the segments of the graphs' nodes as the engine named them.
         corrected: (N,) int64, flat indices of the voxels of ``grid`` that differ from the working grid's segments
             because no segment may have islands there.
         corrected_code: (N,) uint8, their codes.
@@ -72,6 +73,7 @@ class LungState:
     trees: Volume
     prior: Probabilities
     graphs: dict[Tree, TreeGraph]
+    given: dict[Tree, np.ndarray]
     corrected: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     corrected_code: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
     confidence: dict[str, float] = field(default_factory=dict)
@@ -125,6 +127,7 @@ def save_state(state: LungState, path: Path | str) -> None:
     for tree, graph in state.graphs.items():
         for name, kind in _GRAPH_TYPES.items():
             arrays[f"{tree.name.lower()}.{name}"] = np.asarray(getattr(graph, name), kind)
+        arrays[f"{tree.name.lower()}.given"] = np.asarray(state.given[tree], np.int64)
     with atomic_path(path) as staging, staging.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]  # numpy takes any name
 
@@ -188,7 +191,8 @@ def _state_from(arrays: _Arrays) -> LungState:
     within = (corrected >= 0) & (corrected < math.prod(grid.shape)) & (codes < len(LOBE_OF_SEGMENT))
     _require(bool(within.all()), "corrections beyond the image")
     graphs = {tree: _graph(tree, arrays) for tree in Tree}
-    return LungState(grid, segments, trees, prior, graphs, corrected, codes, *_facts(arrays))
+    given = {tree: _given(tree, len(graph), arrays) for tree, graph in graphs.items()}
+    return LungState(grid, segments, trees, prior, graphs, given, corrected, codes, *_facts(arrays))
 
 
 def _input_grid(arrays: _Arrays) -> Volume:
@@ -233,6 +237,12 @@ def _graph(tree: Tree, arrays: _Arrays) -> TreeGraph:
     )
     _require(bool(sound), f"the {name} is no tree")
     return graph
+
+
+def _given(tree: Tree, count: int, arrays: _Arrays) -> np.ndarray:
+    segment = arrays.read(f"{tree.name.lower()}.given", np.int64, count)
+    _require(bool(((segment >= 0) & (segment < len(LOBE_OF_SEGMENT))).all()), "unknown segments")
+    return segment
 
 
 def _facts(arrays: _Arrays) -> tuple[dict[str, float], list[Finding], dict[str, Any]]:
