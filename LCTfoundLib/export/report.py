@@ -173,8 +173,9 @@ def _surfaces(meshes: Mapping[str, MeshReport], frame: Frame) -> str:
     worst = max(abs(report.volume_error) for report in meshes.values())
     triangles = sum(report.triangles for report in meshes.values())
     return (
-        f"<p>{len(meshes)} surfaces in {frame} millimeters, {triangles:,} triangles; {closed} of {len(meshes)} are "
-        f"watertight; the volume of a surface differs from its label by at most {100 * worst:.2f} %.</p>"
+        f"<p>{len(meshes)} surface{'' if len(meshes) == 1 else 's'} in {frame} millimeters, {triangles:,} triangles; "
+        f"{closed} of {len(meshes)} watertight; the volume of a surface differs from its label by at most "
+        f"{100 * worst:.2f} %.</p>"
     )
 
 
