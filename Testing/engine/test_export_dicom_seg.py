@@ -510,10 +510,7 @@ class TestExport:
             export_all(self.export(small_lungs()), tmp_path / "out", ExportOptions.parse({"formats": ["dicom-seg"]}))
         assert not (tmp_path / "out").exists()
 
-    def test_without_a_dicom_source_all_formats_leave_it_out_and_say_so(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("LCTFOUND_RENDERER", "software")
+    def test_without_a_dicom_source_all_formats_leave_it_out_and_say_so(self, tmp_path: Path) -> None:
         export_all(self.export(small_lungs()), tmp_path / "out")
         manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
         assert "needs the DICOM series" in manifest["export"]["not_written"]["dicom-seg"]

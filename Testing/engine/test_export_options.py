@@ -179,7 +179,6 @@ class TestStructures:
     def test_the_report_shows_the_whole_case_all_the_same(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv("LCTFOUND_RENDERER", "software")
         folder = exported(tmp_path / "out", formats=["stl", "report"], structures=["airway"], frame="RAS")
         html = (folder / "report.html").read_text(encoding="utf-8")
         assert all(f"{side} lung, outer side" in html for side in ("Right", "Left"))
