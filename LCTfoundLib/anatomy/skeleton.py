@@ -24,6 +24,9 @@ _HALF_NEIGHBORS = np.argwhere(np.ones((3, 3, 3)))[14:] - 1
 #: (measured on rasterized cylinders).
 _OFF_AXIS = 0.25
 
+#: A short terminal branch this much wider than where it begins (voxel steps aside) is no spur.
+_WIDENS = 1.2
+
 
 @dataclass(frozen=True)
 class SkeletonRule:
@@ -204,6 +207,10 @@ def _spurs(graph: TreeGraph, branches: Branches, radii: float, extra_mm: float) 
     terminal = np.bincount(branches.parent[branches.parent >= 0], minlength=len(branches)) == 0
     at_radius = np.where(begins_at >= 0, graph.radius[begins_at], 0.0)
     short = terminal & (begins_at >= 0) & (branches.length < radii * at_radius + extra_mm)
+    # A spur runs toward the border and gets thinner; one that widens leads to the middle of a ball, such as a leak.
+    widest = np.zeros(len(branches))
+    np.maximum.at(widest, branches.of_node, graph.radius)
+    short &= widest < _WIDENS * at_radius + extra_mm / 3
     for siblings in branches.children():
         if siblings and short[siblings].all():
             short[siblings[int(branches.length[siblings].argmax())]] = False

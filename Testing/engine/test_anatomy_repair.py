@@ -86,8 +86,8 @@ def test_links_do_not_lead_over_long_or_crooked_ways() -> None:
 
 
 def test_a_leak_is_cut_off_and_the_tree_stays(rng: np.random.Generator) -> None:
-    left, kept = [], []
-    for _ in range(5):  # of one leak up to two fifths may stay, of thirty 6 % did
+    left, kept, radii = [], [], []
+    for _ in range(5):  # of 600 leaks all were seen, at radii of 7.6 +- 0.4 mm; of one up to a half stayed, of all 4 %
         tree, grid = _tree(rng)
         clean = rasterize(tree, grid)
         inner = (np.abs(tree.points) < 48).all(axis=1) & (tree.generation >= 3)
@@ -96,9 +96,10 @@ def test_a_leak_is_cut_off_and_the_tree_stays(rng: np.random.Generator) -> None:
         paint_tube(blob, np.array([center, center + 0.5]), np.array([9.0, 9.0]), grid)
         repaired, leaks = remove_leaks(grid.with_array(blob), tree.points[0])
         assert len(leaks) >= 1 and max(leak.removed_ml for leak in leaks) > 0.5
-        assert max(leak.radius for leak in leaks) > 5.0
+        radii.append(max(leak.radius for leak in leaks))
         left.append(repaired[blob & ~clean].mean())
         kept.append(repaired[clean].mean())
+    assert np.mean(radii) == pytest.approx(7.6, abs=1.0)
     assert np.mean(left) < 0.25
     assert np.mean(kept) > 0.85
 

@@ -293,7 +293,10 @@ def test_upsample_and_sample_agree_with_scipy() -> None:
 
 def test_tube_distance_matches_brute_force() -> None:
     rng = np.random.default_rng()
-    tube = spline(rng.uniform(0, 30, (4, 3)), rng.uniform(2, 5, 4), step=1.0)
+    points = rng.uniform(0, 30, (4, 3))
+    # A vessel tapers by less than 1 in 10, and the distance across a cone of slope m is off by m^2 / 2 of its length.
+    tapers = np.linalg.norm(np.diff(points, axis=0), axis=1) * rng.uniform(-0.1, 0.1, 3)
+    tube = spline(points, np.clip(3.5 + np.cumsum([0, *tapers]), 2, 5), step=1.0)
     grid = Grid(2.0, (18, 17, 19), (-2.0, -1.0, -3.0))
     x, y, z = (np.broadcast_to(p, grid.shape) for p in grid.points())
     points = np.stack([x, y, z], -1).reshape(-1, 1, 3)
@@ -303,7 +306,7 @@ def test_tube_distance_matches_brute_force() -> None:
     expected = (np.linalg.norm(points - dense, axis=2) - radii).min(axis=1).reshape(grid.shape)
     found = tube.distance(grid, 6.0)
     near = expected < 5
-    assert np.abs(found - expected)[near].max() < 0.12
+    assert np.abs(found - expected)[near].max() < 0.08
     labels = np.zeros(grid.shape, np.uint8)
     paint_tube(labels, grid, tube, 3, 4, np.eye(256, dtype=bool)[0], shell=1.0)
     sure = np.abs(expected) > 0.15
