@@ -294,8 +294,24 @@ def _save_meshes(meshes: Mapping[str, Mesh], path: Path) -> None:
     for key, mesh in meshes.items():
         arrays[f"{key}.points"] = mesh.points.astype(np.float32)
         arrays[f"{key}.faces"] = mesh.faces.astype(np.int32)
-        arrays[f"{key}.normals"] = point_normals(mesh.points, mesh.faces).astype(np.float32)
+        arrays[f"{key}.normals"] = _normals(mesh).astype(np.float32)
     np.savez(path, **arrays)  # type: ignore[arg-type]  # numpy takes any name
+
+
+def _normals(mesh: Mesh) -> np.ndarray:
+    """Unit normals at the points; where those of the faces around cancel out (a tip, one voxel wide), of one face."""
+    normals = point_normals(mesh.points, mesh.faces)
+    none = np.linalg.norm(normals, axis=1) < 0.5
+    if none.any():
+        corners = mesh.points[mesh.faces]
+        across = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+        length = np.linalg.norm(across, axis=1)
+        faces, across = mesh.faces[length > 0], across[length > 0] / length[length > 0, None]
+        instead = np.tile([0.0, 0.0, 1.0], (len(normals), 1))
+        for corner in range(3):
+            instead[faces[:, corner]] = across
+        normals[none] = instead[none]
+    return normals
 
 
 def _save_graphs(state: LungState, path: Path) -> None:
