@@ -1,0 +1,5 @@
+foreach(file README.md LICENSE)
+  if(NOT EXISTS "${CMAKE_SOURCE_DIR}/${file}")
+    message(FATAL_ERROR "A package needs ${file}")
+  endif()
+endforeach()

@@ -1,0 +1,53 @@
+if(BUILD_TESTING)
+  enable_testing()
+endif()
+
+# slicerMacroBuildScriptedModule(NAME name SCRIPTS file... [RESOURCES file...] [WITH_GENERIC_TESTS] [WITH_SUBDIR])
+#
+# Every file must exist. It is copied to the same place below the folder of scripted modules, in the build tree and when
+# installing; WITH_SUBDIR puts a folder of the source folder's name between.
+function(slicerMacroBuildScriptedModule)
+  cmake_parse_arguments(PARSE_ARGV 0 module "WITH_GENERIC_TESTS;WITH_SUBDIR;VERBOSE" "NAME" "SCRIPTS;RESOURCES")
+  if(module_UNPARSED_ARGUMENTS OR NOT module_NAME OR NOT module_SCRIPTS)
+    message(FATAL_ERROR "slicerMacroBuildScriptedModule: wrong arguments '${ARGV}'")
+  endif()
+
+  set(below "")
+  if(module_WITH_SUBDIR)
+    cmake_path(GET CMAKE_CURRENT_SOURCE_DIR FILENAME folder)
+    set(below "/${folder}")
+  endif()
+
+  set(copies)
+  foreach(file IN LISTS module_SCRIPTS module_RESOURCES)
+    set(source "${CMAKE_CURRENT_SOURCE_DIR}/${file}")
+    if(NOT EXISTS "${source}" OR IS_DIRECTORY "${source}")
+      message(FATAL_ERROR "slicerMacroBuildScriptedModule: ${module_NAME} lists '${file}', which is no file")
+    endif()
+    set(copy "${CMAKE_BINARY_DIR}/${Slicer_QTSCRIPTEDMODULES_LIB_DIR}${below}/${file}")
+    add_custom_command(OUTPUT "${copy}" DEPENDS "${source}" VERBATIM
+      COMMAND ${CMAKE_COMMAND} -E copy "${source}" "${copy}")
+    list(APPEND copies "${copy}")
+    set(target "${Slicer_INSTALL_QTSCRIPTEDMODULES_LIB_DIR}${below}/${file}")
+    cmake_path(GET target PARENT_PATH folder)
+    install(FILES "${source}" DESTINATION "${folder}" COMPONENT RuntimeLibraries)
+  endforeach()
+  add_custom_target(Copy${module_NAME}Files ALL DEPENDS ${copies})
+
+  if(BUILD_TESTING AND module_WITH_GENERIC_TESTS)
+    set(generic "qSlicer${module_NAME}ModuleGenericTest.py")
+    file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/${generic}" "")
+    slicer_add_python_unittest(SCRIPT ${generic} TESTNAME_PREFIX nomainwindow_ SLICER_ARGS --no-main-window)
+  endif()
+endfunction()
+
+# slicer_add_python_unittest(SCRIPT file [TESTNAME_PREFIX prefix] [SLICER_ARGS argument...])
+function(slicer_add_python_unittest)
+  cmake_parse_arguments(PARSE_ARGV 0 test "" "SCRIPT;TESTNAME_PREFIX" "SLICER_ARGS")
+  if(NOT EXISTS "${CMAKE_CURRENT_SOURCE_DIR}/${test_SCRIPT}" AND NOT EXISTS "${CMAKE_CURRENT_BINARY_DIR}/${test_SCRIPT}")
+    message(FATAL_ERROR "slicer_add_python_unittest: '${test_SCRIPT}' is no file")
+  endif()
+  cmake_path(GET test_SCRIPT STEM name)
+  add_test(NAME py_${test_TESTNAME_PREFIX}${name} COMMAND ${Slicer_LAUNCHER_EXECUTABLE} --testing ${test_SLICER_ARGS})
+  set_tests_properties(py_${test_TESTNAME_PREFIX}${name} PROPERTIES RUN_SERIAL TRUE)
+endfunction()
