@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from LCTfoundLib.anatomy.structures import STRUCTURES, Lobe, Tree, lobes_from_segments, segments_of_lobe
-from LCTfoundLib.case import CaseRecord
 from LCTfoundLib.errors import LCTfoundError, OutputError
 from LCTfoundLib.volume import Interpolation
 
 if TYPE_CHECKING:
+    from LCTfoundLib.case import CaseRecord
     from LCTfoundLib.tasks.lung_segmentation import LungResult
 
 __all__ = [

@@ -11,7 +11,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -48,6 +49,7 @@ _TORCH_FOLDERS = ("torch", "torchgen", "functorch")
 _PROBE = Path(__file__).with_name("probe.py")
 #: Importing torch for the first time from a slow disk takes up to a minute.
 _PROBE_SECONDS = 240.0
+_PULSE_SECONDS = 0.03
 
 
 def workerPython() -> str:
@@ -238,14 +240,17 @@ class RunningProbe:
         self._collect(self._process)
         return self._process is None
 
-    def result(self, timeout: float = _PROBE_SECONDS) -> ProbeReport:
-        """The report; waits for it if need be."""
-        while self._process is not None:
-            if not self._process.wait(timeout):
-                self._process.stop()
-                self._process, self._problem = None, f"it did not answer within {timeout:.0f} s"
+    def result(self, timeout: float = _PROBE_SECONDS, whileWaiting: Callable[[], None] = lambda: None) -> ProbeReport:
+        """The report; waits for it if need be, calling ``whileWaiting`` often."""
+        end = time.monotonic() + timeout
+        while not self.poll():
+            if time.monotonic() > end:
+                self.stop()
+                self._problem = f"it did not answer within {timeout:.0f} s"
                 break
-            self.poll()
+            whileWaiting()
+            if self._process is not None:
+                self._process.wait(_PULSE_SECONDS)
         return self._report()
 
     def stop(self) -> None:

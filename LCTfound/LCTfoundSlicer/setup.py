@@ -151,12 +151,22 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class Doors:
-    """What the set-up needs from outside."""
+    """What the set-up needs from outside.
+
+    Attributes:
+        torch: installs torch.
+        packages: installs the rest.
+        settings: of this installation of Slicer.
+        memory: bytes of memory of the machine; None if unknown.
+        whileWaiting: called often while the packages are tried, so that a window stays alive.
+        freeDisk: bytes free on the disk of a folder.
+    """
 
     torch: TorchInstaller
     packages: PackageInstaller
     settings: Settings
     memory: Callable[[], int | None] = totalMemory
+    whileWaiting: Callable[[], None] = lambda: None
     freeDisk: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free
 
 
@@ -275,7 +285,7 @@ class Setup:
 
     def examine(self) -> SetupState:
         """The verified state; waits some seconds for the imports."""
-        return self.state(self.environment.probe(self._importNames()))
+        return self.state(self.startProbe().result(whileWaiting=self._doors.whileWaiting))
 
     def plan(self, state: SetupState, offlineFolder: Path | None = None, cpuOnly: bool = False) -> InstallPlan:
         """What an install would do about a state."""

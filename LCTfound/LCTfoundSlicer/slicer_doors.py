@@ -54,6 +54,8 @@ class SlicerPackages:
                 raise errorFromLog(f"{log.getvalue()}\n{type(error).__name__}: {error}") from error
 
     def _install(self, request: PipRequest) -> None:
+        import slicer.packaging
+
         if request.isPlain:
             slicer.packaging.pip_ensure(
                 list(request.requirements),
@@ -68,7 +70,8 @@ class SlicerPackages:
 
 def slicerSetup() -> Setup:
     """The set-up of this Slicer."""
-    return Setup(requirementsFile(), Doors(PyTorchExtension(), SlicerPackages(), installationSettings()))
+    doors = Doors(PyTorchExtension(), SlicerPackages(), installationSettings(), whileWaiting=slicer.app.processEvents)
+    return Setup(requirementsFile(), doors)
 
 
 def applicationSettings() -> Any:
