@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import sys
@@ -47,7 +48,6 @@ class Application(qt.QObject):
     def __init__(self, owner: Host) -> None:
         super().__init__()
         self._host, self._pauses = owner, 0
-        self._overrideCursors = 0
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -227,6 +227,7 @@ class Host:
         return cls._running
 
     def _startQt(self) -> None:
+        qt.qInstallMessageHandler(_log)
         self._qt = qt.QApplication.instance() or qt.QApplication([NAME])
         qt.QCoreApplication.setOrganizationName("LCTfound")
         qt.QCoreApplication.setApplicationName("TestHost")
@@ -381,6 +382,12 @@ def _addWidgets() -> None:
     for name in mrml_widgets.__all__:
         setattr(slicer, name, getattr(mrml_widgets, name))
     slicer.util.loadUI = ui_loader.load_ui
+
+
+def _log(kind: Any, context: Any, text: str) -> None:
+    """Qt's messages as warnings of Python; the platform `offscreen` tells of every window that it ignores hints."""
+    if "propagateSizeHints" not in text:
+        logging.getLogger("Qt").warning(text)
 
 
 def _save(picture: Any, path: str | Path) -> Path:

@@ -35,7 +35,6 @@ LOGIC_CLASSES = {
     "Cameras": "vtkSlicerCamerasModuleLogic",
     "CropVolume": "vtkSlicerCropVolumeLogic",
     "Segmentations": "vtkSlicerSegmentationsModuleLogic",
-    "SegmentEditor": "vtkSlicerSegmentEditorLogic",
     "VolumeRendering": "vtkSlicerVolumeRenderingLogic",
 }
 _GENERIC_COLORS_ID = "vtkMRMLColorTableNodeFileGenericColors.txt"

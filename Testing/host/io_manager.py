@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import chdir, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,8 @@ class CoreIOManager:
         scene, clear = self._host.scene, bool(properties.get("clear", False))
         before = set() if clear else {node.GetID() for node in slicer.util.getNodesByClass("vtkMRMLNode", scene)}
         if fileName.lower().endswith(".mrb"):
-            succeeded = scene.ReadFromMRB(fileName, clear, messages)
+            with chdir(os.getcwd()):  # after a broken bundle the reader stays in a folder that it removes
+                succeeded = scene.ReadFromMRB(fileName, clear, messages)
         else:
             scene.SetURL(fileName)
             succeeded = scene.Connect(messages) if clear else scene.Import(messages)

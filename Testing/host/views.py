@@ -74,6 +74,7 @@ class RenderView(qt.QWidget):
         self._interactor = vtk.vtkGenericRenderWindowInteractor()
         self._interactor.SetRenderWindow(self._window)
         self._interactor.EnableRenderOff()
+        self._interactor.SetInteractorStyle(vtk.vtkInteractorStyleUser())  # does nothing itself
         style.SetInteractor(self._interactor)
         self._interactor.Initialize()
         self._observe(self._interactor, vtk.vtkCommand.RenderEvent)
@@ -130,6 +131,7 @@ class RenderView(qt.QWidget):
         self._isStale = False
         self._prepare(width, height)
         self._window.SetSize(width, height)
+        self._interactor.UpdateSize(width, height)
         self._window.Render()
         self._picture = _picture(self._window)
         self.update()
@@ -601,6 +603,9 @@ class LayoutManager(qt.QObject):
         if not description or description == self._description:
             return
         self._description = description
+        for widget in (*self._slices.values(), *self._threeDs.values(), *self._tables.values()):
+            widget.hide()
+            widget.setParent(None)  # the old arrangement is deleted, the views stay
         old, self._root = self._root, self._build(ElementTree.fromstring(description))
         self._viewport.layout().addWidget(self._root)
         self._root.show()

@@ -20,7 +20,7 @@ if str(_TESTING) not in sys.path:
     sys.path.insert(0, str(_TESTING))
 
 #: Seconds a test may take; a marker `timeout(seconds)` on it says otherwise.
-_LIMIT = 120
+_LIMIT = 300
 
 
 def _missing() -> list[str]:
