@@ -443,29 +443,24 @@ class ThreeDWidget(qt.QWidget):
         self._view.release()
 
 
-class TableWidget(qt.QTableWidget):
+class TableWidget(qt.QWidget):
     """qMRMLTableWidget: shows the active table of the scene."""
 
     def __init__(self, manager: LayoutManager) -> None:
         super().__init__()
+        self._view = slicer.qMRMLTableView()
+        self._view.firstRowLocked = True
+        _stack(self, self._view)
         self._selection = manager.applicationLogic.GetSelectionNode()
         self._tag = self._selection.AddObserver(vtk.vtkCommand.ModifiedEvent, lambda *_: self._show())
         self._show()
 
     def tableView(self) -> Any:
-        return self
+        return self._view
 
     def _show(self) -> None:
         identifier = self._selection.GetActiveTableID()
-        node = slicer.mrmlScene.GetNodeByID(identifier) if identifier else None
-        table = node.GetTable() if node is not None else vtk.vtkTable()
-        rows, columns = table.GetNumberOfRows(), table.GetNumberOfColumns()
-        self.setRowCount(rows)
-        self.setColumnCount(columns)
-        self.setHorizontalHeaderLabels([table.GetColumnName(column) or "" for column in range(columns)])
-        for row in range(rows):
-            for column in range(columns):
-                self.setItem(row, column, qt.QTableWidgetItem(table.GetValue(row, column).ToString()))
+        self._view.setMRMLTableNode(slicer.mrmlScene.GetNodeByID(identifier) if identifier else None)
 
     def release(self) -> None:
         self._selection.RemoveObserver(self._tag)

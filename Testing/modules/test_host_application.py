@@ -972,7 +972,8 @@ def test_layout_changes_the_views_that_are_seen(host, window):
     slicer.app.applicationLogic().GetSelectionNode().SetActiveTableID(table.GetID())
     slicer.app.applicationLogic().PropagateTableSelection()
     host.settle()
-    assert manager.sliceWidget("Red").isVisible() and manager.tableWidget(0).tableView().rowCount == 2
+    assert manager.sliceWidget("Red").isVisible()
+    assert manager.tableWidget(0).tableView().mrmlTableNode() is table
     assert told == [layouts.SlicerLayoutOneUp3DView, layouts.SlicerLayoutFourUpTableView]
 
 

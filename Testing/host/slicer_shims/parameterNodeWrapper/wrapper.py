@@ -188,6 +188,7 @@ class _Binding:
         self._show()
         for name, connector in self._connectors.items():
             connector.onChanged(lambda name=name, connector=connector: self._keep(name, connector))
+            connector.widget.connect("destroyed()", lambda name=name: self._connectors.pop(name, None))
         self._tag = wrapper.AddObserver(vtk.vtkCommand.ModifiedEvent, lambda *_: self._show())
 
     def _show(self) -> None:
