@@ -726,16 +726,18 @@ class _Scratch:
         parent: where it is made.
     """
 
-    #: Of all runners in this process.
+    #: Of all runners in this process, with the lock under which folders are made and judged.
     _ours: set[Path] = set()
+    _lock = threading.Lock()
 
     def __init__(self, parent: Path) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-", dir=parent)).resolve()
-        self._ours.add(self.folder)
+        with self._lock:
+            self.folder = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{os.getpid()}-", dir=parent)).resolve()
+            self._ours.add(self.folder)
         owner = {"pid": os.getpid(), "host": socket.gethostname()}
         (self.folder / _MARKER).write_text(json.dumps(owner), encoding="utf-8")
         # In a thread: results of a crashed session may be gigabytes.
-        self._sweeper = threading.Thread(target=_sweep, args=(parent, frozenset(self._ours)), daemon=True)
+        self._sweeper = threading.Thread(target=self._sweep, args=(parent,), daemon=True)
         self._sweeper.start()
 
     def remove(self) -> None:
@@ -745,15 +747,18 @@ class _Scratch:
             if not self.folder.exists():
                 break
             time.sleep(0.1)
-        self._ours.discard(self.folder)
+        with self._lock:
+            self._ours.discard(self.folder)
 
-
-def _sweep(parent: Path, ours: frozenset[Path]) -> None:
-    """Remove the scratch folders of sessions that died."""
-    with suppress(OSError):
-        for folder in parent.iterdir():
-            if folder.name.startswith(_SCRATCH) and folder.resolve() not in ours and _isAbandoned(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+    @classmethod
+    def _sweep(cls, parent: Path) -> None:
+        """Remove the scratch folders of sessions that died."""
+        with suppress(OSError):
+            for folder in parent.glob(f"{_SCRATCH}*"):
+                with cls._lock:
+                    abandoned = folder.resolve() not in cls._ours and _isAbandoned(folder)
+                if abandoned:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _isAbandoned(folder: Path) -> bool:

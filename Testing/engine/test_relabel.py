@@ -6,6 +6,7 @@ import json
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,6 +205,21 @@ class TestRenaming:
         findings = relabel(state, changes).state.findings
         assert any(f.structure == segment.key and f.sentence.startswith("No bronchus") for f in findings)
         assert len(findings) == len(set(findings))
+
+    @pytest.mark.slow
+    def test_takes_less_than_five_seconds_on_a_full_ct(self, state: LungState) -> None:
+        extent = np.array(state.grid.spacing) * state.grid.shape[::-1]
+        x, y, z = extent / (512, 512, 300)
+        large = np.broadcast_to(np.uint8(0), (300, 512, 512))
+        grid = Volume(large, (x, y, z), state.grid.origin, state.grid.direction)
+        state = replace(state, grid=grid, corrected=state.corrected[:0], corrected_code=state.corrected_code[:0])
+        node, code = named_branch(state.graphs[Tree.AIRWAY])
+        seconds = []
+        for _ in range(2):
+            start = time.monotonic()
+            renamed = relabel(state, [BranchName(Tree.AIRWAY, node, other_segment(code))])
+            seconds.append(time.monotonic() - start)
+        assert renamed.segments.shape == (300, 512, 512) and min(seconds) < 5.0
 
     def test_confidence_of_other_lobes_stays(self, result: LungResult, state: LungState) -> None:
         node, code = named_branch(state.graphs[Tree.AIRWAY])
