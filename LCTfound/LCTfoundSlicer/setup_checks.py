@@ -306,7 +306,7 @@ def _oldest(requirement: Requirement) -> str:
 
 def checkNumpy(report: ProbeReport | None) -> Check:
     """Whether the compiled packages fit the numpy that is there."""
-    title = _("numpy and torch together")
+    title = _("numpy + torch")
     if report is None or (report.bridge is None and not report.packages):
         return Check(Topic.NUMPY, title, _("not checked yet"), Light.UNKNOWN)
     clashes = [name for name, result in report.packages.items() if _isNumpyClash(result.error)]

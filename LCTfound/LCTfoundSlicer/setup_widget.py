@@ -219,8 +219,9 @@ class SetupSection:
 
     def _fillTable(self) -> None:
         table = self.ui.checksTable
-        table.setRowCount(len(self.state.checks))
-        for row, check in enumerate(self.state.checks):
+        checks = sorted(self.state.checks, key=lambda check: -check.light)  # what needs attention first
+        table.setRowCount(len(checks))
+        for row, check in enumerate(checks):
             found = f"{check.finding}\n{check.remedy}" if check.remedy else check.finding
             for column, text in ((_LIGHT, lightWord(check.light)), (_WHAT, check.title), (_FOUND, found)):
                 item = qt.QTableWidgetItem(text)
@@ -245,7 +246,7 @@ class SetupSection:
         self.ui.pendingFrame.visible = pending is not None
         if pending is not None:
             self.ui.pendingLabel.text = _("An install was cut off ({step}, {time}).").format(
-                step=pending.step.text, time=pending.started
+                step=pending.step.text, time=pending.started[:16].replace("T", " ")
             )
 
     def _updateButtons(self) -> None:

@@ -76,6 +76,16 @@ class Origin(Enum):
     #: A folder that the environment variable names: an administrator's.
     ENVIRONMENT = "environment"
 
+    @property
+    def text(self) -> str:
+        """To show."""
+        return {
+            Origin.SHIPPED: _("came with LCTfound"),
+            Origin.USER: _("brought in by you"),
+            Origin.CHOSEN: _("the folder you chose"),
+            Origin.ENVIRONMENT: _("provided by your administrator"),
+        }[self]
+
 
 class CheckResult(Enum):
     """What is known of a weight's checksum."""
@@ -354,12 +364,13 @@ def cardLines(weight: Weight) -> list[tuple[str, str]]:
         (_("Limits"), card.limits),
         (_("License"), card.license),
         (_("Trained on"), "; ".join(f"{source.name} ({source.license})" for source in card.data)),
-        *((_("Measured: {dataset}").format(dataset=name), text) for name, text in _measured(card.numbers)),
+        *((_("Measured"), line) for line in _measured(card.numbers)),
         (
             _("Network"),
             _("{architecture}, {classes} outputs").format(architecture=card.architecture, classes=len(card.classes)),
         ),
         (_("Spacing"), " x ".join(f"{step:g}" for step in card.spacing) + " mm"),
+        (_("From"), weight.origin.text),
         (_("File"), f"{weight.entry.path} ({weight.megabytes:.1f} MB)"),
         (_("SHA-256"), f"{card.sha256} ({weight.resultText()})"),
         (_("Code"), card.commit),
@@ -369,14 +380,14 @@ def cardLines(weight: Weight) -> list[tuple[str, str]]:
     return lines
 
 
-def _measured(numbers: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _measured(numbers: dict[str, Any]) -> Iterator[str]:
     """Measured results, one line for each dataset; flat ones on one line."""
     flat = {key: value for key, value in numbers.items() if not isinstance(value, dict)}
     if flat:
-        yield _("results"), _values(flat)
+        yield _values(flat)
     for dataset, values in numbers.items():
         if isinstance(values, dict):
-            yield dataset, _values(values)
+            yield f"{dataset}: {_values(values)}"
 
 
 def _values(values: dict[str, Any]) -> str:

@@ -16,7 +16,6 @@ from LCTfoundSlicer.lights import lightIcon
 from LCTfoundSlicer.setup_checks import Light
 from LCTfoundSlicer.weights import (
     CheckResult,
-    Origin,
     Weight,
     WeightImport,
     Weights,
@@ -109,6 +108,7 @@ class WeightsSection:
         for row, weight in enumerate(self._rows):
             self._fillRow(row, weight)
         table.resizeColumnsToContents()
+        table.resizeRowsToContents()
         names = [weight.name for weight in self._rows]
         if names:
             table.selectRow(names.index(chosen) if chosen in names else 0)
@@ -183,11 +183,11 @@ class WeightsSection:
             _VERSION: card.version if card else "",
             _SIZE: f"{weight.megabytes:.1f} MB",
             _LICENSE: card.license if card else "",
-            _STATE: f"{weight.resultText()}, {_originText(weight.origin)}",
+            _STATE: weight.resultText(),
         }
         for column, text in texts.items():
             item = qt.QTableWidgetItem(text)
-            item.setToolTip(weight.problem or str(weight.entry.path))
+            item.setToolTip(weight.problem or f"{weight.origin.text}: {weight.entry.path}")
             if column == _STATE:
                 item.setIcon(lightIcon(_light(weight)))
             self.ui.weightsTable.setItem(row, column, item)
@@ -196,7 +196,7 @@ class WeightsSection:
         weight = self.selected
         lines = cardLines(weight) if weight else [(_("Weights"), _("There is none; bring some in."))]
         rows = "".join(
-            f"<tr><td valign='top'><b>{escape(what)}</b>&nbsp;</td><td>{escape(value)}</td></tr>"
+            f"<tr><td valign='top' width='90'><b>{escape(what)}</b></td><td>{escape(value)}</td></tr>"
             for what, value in lines
         )
         self.ui.weightDetails.setHtml(f"<table>{rows}</table>")
@@ -260,12 +260,3 @@ def _light(weight: Weight) -> Light:
         CheckResult.UNCHECKED: Light.UNKNOWN,
         CheckResult.BAD: Light.PROBLEM,
     }[weight.result]
-
-
-def _originText(origin: Origin) -> str:
-    return {
-        Origin.SHIPPED: _("with LCTfound"),
-        Origin.USER: _("yours"),
-        Origin.CHOSEN: _("chosen folder"),
-        Origin.ENVIRONMENT: _("by the administrator"),
-    }[origin]

@@ -306,7 +306,7 @@ class TestLicense:
 def test_a_card_is_shown_whole(folders, weights):
     lines = dict(cardLines(weights.find("lung")))
     assert lines["License"] == "Apache-2.0" and lines["Trained on"] == "phantom (Apache-2.0)"
-    assert lines["Measured: held out"] == "dice 0.91, lobes dice (left 0.9)"
+    assert lines["Measured"] == "held out: dice 0.91, lobes dice (left 0.9)"
     assert lines["Limits"] == "all" and "not checked yet" in lines["SHA-256"]
 
 
@@ -335,7 +335,7 @@ class TestSection:
     def test_weights_are_listed_with_card_and_license(self, panel):
         ((name, version, size, license, state),) = rows(panel)
         assert (name, version, size, license) == ("lung", "1", "0.1 MB", "Apache-2.0")
-        assert "not checked yet" in state and "with LCTfound" in state
+        assert state == "not checked yet" and "came with LCTfound" in panel.ui.weightDetails.plainText
         assert "phantom (Apache-2.0)" in panel.ui.weightDetails.plainText
         assert "tests & <nothing> else" in panel.ui.weightDetails.plainText
         assert not panel.ui.deleteWeightButton.enabled
@@ -364,7 +364,11 @@ class TestSection:
         panel.ui.weightsPathLineEdit.currentPath = ""
         assert len(rows(panel)) == 1 and weightsFolder() is None
 
-    def test_import_and_delete(self, host, panel, folders):
+    def test_import_and_delete(self, host, panel, folders, monkeypatch):
+        import slicer
+
+        answers = [False, True]
+        monkeypatch.setattr(slicer.util, "confirmYesNoDisplay", lambda text, *rest: answers.pop(0))
         put_weight(folders["usb"], "mine")
         panel.weightsSection.importFrom(folders["usb"])
         host.wait_for(lambda: not panel.weightsSection.isBusy)
@@ -372,7 +376,9 @@ class TestSection:
         names = [row[0] for row in rows(panel)]
         panel.ui.weightsTable.selectRow(names.index("mine"))
         assert panel.ui.deleteWeightButton.enabled and panel.weightsSection.selected.name == "mine"
-        panel.ui.deleteWeightButton.click()  # the question answers itself with yes under testing
+        panel.ui.deleteWeightButton.click()
+        assert "mine" in [row[0] for row in rows(panel)], "the answer was no"
+        panel.ui.deleteWeightButton.click()
         assert [row[0] for row in rows(panel)] == ["lung"] and not list(folders["user"].iterdir())
 
     def test_a_restricted_license_is_asked_for_before_the_first_use(self, host, panel, folders, monkeypatch):
