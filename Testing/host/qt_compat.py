@@ -17,10 +17,13 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from functools import cache
 from types import FunctionType, MethodType
 from typing import Any
 
-# Enums as ints; PySide6 reads this once, when it is imported.
+# Enums as ints; PySide6 reads this once, when it is first imported.
+if "shiboken6" in sys.modules and getattr(sys, "pyside6_option_python_enum", 0) != 0x03:
+    raise ImportError("PySide6 was imported before the host could set its options: import qt, or the host, first")
 sys.pyside6_option_python_enum = 0x03  # type: ignore[attr-defined]
 
 import shiboken6  # noqa: E402
@@ -32,6 +35,9 @@ _QT_MODULES = (QtCore, QtGui, QtWidgets, QtSvg)
 #: What PySide6 adds to Qt and PythonQt does not have.
 _NOT_IN_PYTHONQT = {"ClassInfo", "MetaFunction", "MetaSignal", "PyClassProperty", "QEnum", "QFlag", "SIGNAL", "SLOT"}
 _NOT_IN_PYTHONQT |= {"SignalInstance"}
+#: Signals that panels may be tempted to use although Slicer's Qt 5.15 does not have them.
+_ONLY_IN_QT6 = {("QCheckBox", "checkStateChanged")}
+_ONLY_IN_QT6 |= {("QAction", name) for name in ("checkableChanged", "enabledChanged", "visibleChanged")}
 
 _inherited_set = shiboken6.Shiboken.Object.__setattr__
 _inherited_get = QtCore.QObject.__getattribute__
@@ -46,6 +52,7 @@ class UnknownSignal(AttributeError):
 # -- what a class offers ----------------------------------------------------------------------------------------------
 
 
+@cache
 def properties(cls: type) -> dict[str, bool]:
     """The Q_PROPERTYs of a class: name -> can be set."""
     meta = cls.staticMetaObject  # type: ignore[attr-defined]
@@ -53,20 +60,30 @@ def properties(cls: type) -> dict[str, bool]:
     return {prop.name(): prop.isWritable() for prop in found}
 
 
+@cache
 def signals(cls: type) -> dict[str, str]:
     """The signals of a class: signature in Slicer -> signature in PySide6.
 
-    They differ for stand-ins that send VTK objects, which Qt knows here as Python objects only.
+    They differ for stand-ins that send VTK objects, which Qt knows here as Python objects only. Signals that Qt 5 does
+    not have are left out.
     """
     meta = cls.staticMetaObject  # type: ignore[attr-defined]
-    methods = (meta.method(n) for n in range(meta.methodCount()))
+    methods = [meta.method(n) for n in range(meta.methodCount())]
     kind = QtCore.QMetaMethod.MethodType.Signal
-    native = [bytes(method.methodSignature().data()).decode() for method in methods if method.methodType() == kind]
+    native = [_signature(method) for method in methods if method.methodType() == kind and not _only_in_qt6(method)]
     renamed: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         renamed |= vars(base).get("signal_signatures", {})
     hidden = set(renamed.values())
     return {signature: signature for signature in native if signature not in hidden} | renamed
+
+
+def _signature(method: QtCore.QMetaMethod) -> str:
+    return bytes(method.methodSignature().data()).decode()
+
+
+def _only_in_qt6(method: QtCore.QMetaMethod) -> bool:
+    return (method.enclosingMetaObject().className(), bytes(method.name().data()).decode()) in _ONLY_IN_QT6
 
 
 def normalized(signature: str) -> str:
@@ -147,7 +164,8 @@ def _forget(address: int) -> None:
 
 
 def _class_name(self: Any) -> str:
-    return self.metaObject().className()
+    """Not from metaObject(): PySide6 would take the class's meta object down with this instance."""
+    return type(self).__name__
 
 
 def _delete(self: Any) -> None:
@@ -189,7 +207,7 @@ def _set(self: Any, name: str, value: Any) -> None:
         _inherited_set(self, name, value)
     elif name == "name":
         _write_property(self, "objectName", value)
-    elif name in properties_cached(type(self)):
+    elif name in properties(type(self)):
         _set_property(self, name, value)
     elif QtCore.QByteArray(name.encode()) in QtCore.QObject.dynamicPropertyNames(self):
         _write_property(self, name, value)
@@ -207,7 +225,7 @@ def _is_from_loader(value: Any) -> bool:
 
 
 def _set_property(self: Any, name: str, value: Any) -> None:
-    if not properties_cached(type(self))[name]:
+    if not properties(type(self))[name]:
         raise AttributeError(f"the property '{name}' of {type(self).__name__} is read-only")
     own = inspect.getattr_static(type(self), name, None)
     if own is not None and hasattr(own, "__set__"):
@@ -225,23 +243,11 @@ def _may_have_own_attributes(cls: type, name: str) -> bool:
     return True
 
 
-_properties_of: dict[type, dict[str, bool]] = {}
-_static_getters_of: dict[type, frozenset[str]] = {}
-
-
-def properties_cached(cls: type) -> dict[str, bool]:
-    """`properties`, remembered: every assignment to a widget asks for them."""
-    if cls not in _properties_of:
-        _properties_of[cls] = properties(cls)
-    return _properties_of[cls]
-
-
+@cache
 def _static_getters(cls: type) -> frozenset[str]:
     """Properties whose name is also a static method (QTimer.singleShot): the class keeps the method."""
-    if cls not in _static_getters_of:
-        found = {name: inspect.getattr_static(cls, name, None) for name in properties_cached(cls)}
-        _static_getters_of[cls] = frozenset(name for name, item in found.items() if isinstance(item, staticmethod))
-    return _static_getters_of[cls]
+    found = {name: inspect.getattr_static(cls, name, None) for name in properties(cls)}
+    return frozenset(name for name, item in found.items() if isinstance(item, staticmethod))
 
 
 # -- making Qt's classes so -------------------------------------------------------------------------------------------
