@@ -5,6 +5,7 @@ Checked before anything is made: every widget class, every property, every signa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ class UnknownWidget(LookupError):
 
 
 class UnknownProperty(AttributeError):
-    """A property of the .ui file that its widget does not have. Correct the name, or mark it dynamic (stdset="0")."""
+    """A property of the .ui file that its widget does not have, or cannot set. Correct the name."""
 
 
 class UnknownConnection(AttributeError):
@@ -35,12 +36,15 @@ class UnknownConnection(AttributeError):
 
 
 _classes: dict[str, type] = {**CTK_CLASSES, **MRML_CLASSES}
-#: What Qt Designer writes into a file besides the object's own properties.
-_OF_DESIGNER = {
-    "leftMargin", "topMargin", "rightMargin", "bottomMargin", "horizontalSpacing", "verticalSpacing", "spacing"
-} | {"margin", "sizeHint", "orientation", "sizeType"}  # fmt: skip
-#: Properties of items in widgets are columns of data, not Q_PROPERTYs.
-_ITEMS = {"item", "column", "row"}
+#: Dynamic properties that Slicer knows; any other is taken for a mistake.
+_DYNAMIC = {"SlicerParameterName"}
+#: What Qt Designer writes of a layout besides its properties.
+_OF_LAYOUTS = {"leftMargin", "topMargin", "rightMargin", "bottomMargin", "horizontalSpacing", "verticalSpacing"}
+#: What it writes as attributes: of pages and groups, and of the headers of tables and trees.
+_ATTRIBUTES = re.compile(
+    "title|label|icon|toolTip|whatsThis|buttonGroup|(horizontalH|verticalH|h)eader(Visible|CascadingSectionResizes|"
+    "DefaultSectionSize|HighlightSections|MinimumSectionSize|ShowSortIndicator|StretchLastSection)"
+)
 
 
 def register(cls: type) -> None:
@@ -50,6 +54,8 @@ def register(cls: type) -> None:
 
 def widget_class(name: str) -> type:
     """The class of that name: a stand-in or Qt's; UnknownWidget when there is none."""
+    if name == "Line":  # Designer's name for a QFrame that is a line
+        return QtWidgets.QFrame
     found = _classes.get(name) or getattr(QtWidgets, name, None) or getattr(QtGui, name, None)
     if not (isinstance(found, type) and issubclass(found, QtCore.QObject)):
         raise UnknownWidget(f"there is no widget class {name} here")
@@ -101,24 +107,26 @@ class UiFile:
             raise UnknownWidget(f"{where}: {error}") from None
         if name and name in self.classes:
             raise UnknownWidget(f"{where}: two objects have this name")
-        self.classes[name] = cls
+        if name:
+            self.classes[name] = cls
         for entry in element.findall("property"):
-            self._check_property(where, cls, entry, is_layout=element.tag == "layout")
+            self._check_property(where, cls, entry, element)
+        for entry in element.findall("attribute"):
+            if not _ATTRIBUTES.fullmatch(entry.get("name", "")):
+                raise UnknownProperty(f"{where}: there is no attribute {entry.get('name')}")
 
-    def _check_property(self, where: str, cls: type, entry: _Element, is_layout: bool) -> None:
+    def _check_property(self, where: str, cls: type, entry: _Element, element: _Element) -> None:
         name = entry.get("name", "")
         known = properties(cls)
+        if known.get(name):
+            return
         if name in known:
-            if entry.get("stdset") == "0" and "." not in name:
-                return  # Designer marks properties of its plugins so, too
-            if not known[name]:
-                raise UnknownProperty(f"{where}: the property {name} of {cls.__name__} is read-only")
-            return
-        if entry.get("stdset") == "0" or (is_layout and name in _OF_DESIGNER):
-            return
-        if issubclass(cls, QtWidgets.QFrame) and cls.__name__ == "Line" and name == "orientation":
-            return
-        raise UnknownProperty(f"{where}: {cls.__name__} has no property {name}")
+            raise UnknownProperty(f"{where}: the property {name} of {cls.__name__} is read-only")
+        isDynamic = entry.get("stdset") == "0" and name in _DYNAMIC
+        isOfLayout = element.tag == "layout" and name in _OF_LAYOUTS
+        isOfLine = element.get("class") == "Line" and name == "orientation"
+        if not (isDynamic or isOfLayout or isOfLine):
+            raise UnknownProperty(f"{where}: {cls.__name__} has no property {name}")
 
     def _checked_connection(self, connection: _Connection) -> _Connection:
         where = f"{self.path.name}: connection {connection.sender}.{connection.signal}"

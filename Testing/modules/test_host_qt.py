@@ -773,6 +773,15 @@ def test_a_ui_file_becomes_widgets_with_their_properties_and_connections(host, s
     assert selector.mrmlScene() is scene
 
 
+def test_lines_headers_and_enums_of_qt_load(host, qt, tmp_path) -> None:
+    line = _property("orientation", "<enum>Qt::Horizontal</enum>")
+    assert slicer.util.loadUI(str(_ui(tmp_path, cls="Line", properties=line))).child.frameShape == qt.QFrame.HLine
+    header = '<attribute name="headerVisible"><bool>false</bool></attribute>'
+    mode = _property("selectionMode", "<enum>QAbstractItemView::ExtendedSelection</enum>")
+    tree = slicer.util.loadUI(str(_ui(tmp_path, cls="QTreeWidget", properties=header + mode))).child
+    assert tree.header().isHidden() and tree.selectionMode == qt.QAbstractItemView.ExtendedSelection
+
+
 @pytest.mark.parametrize(
     ("parts", "error", "told"),
     [
@@ -788,6 +797,16 @@ def test_a_ui_file_becomes_widgets_with_their_properties_and_connections(host, s
             {"cls": "ctkCollapsibleButton", "properties": _property("colapsed", "<bool>1</bool>")},
             "UnknownProperty",
             "child: ctkCollapsibleButton has no property colapsed",
+        ),
+        (
+            {"properties": _property("SlicerParameterNmae", "<string>a</string>", 'stdset="0"')},
+            "UnknownProperty",
+            "SlicerParameterNmae",
+        ),
+        (
+            {"cls": "QTreeWidget", "properties": '<attribute name="headerVisibel"><bool>false</bool></attribute>'},
+            "UnknownProperty",
+            "headerVisibel",
         ),
         ({"properties": _property("width", "<number>1</number>")}, "UnknownProperty", "read-only"),
         (
