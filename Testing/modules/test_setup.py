@@ -729,14 +729,18 @@ class TestLog:
 
 
 class TestRequirements:
+    #: Slicer has a VTK of its own; the foundation model's tasks, which need diffusers, have no panel yet.
+    NOT_FOR_SLICER = ("vtk", "diffusers")
+
     def test_they_agree_with_the_engines(self):
-        """Two lists of the same: pyproject.toml for pip, requirements.txt for Slicer. Slicer's VTK is not pip's."""
+        """Two lists of the same: pyproject.toml for pip, requirements.txt for Slicer."""
         import tomllib
 
         project = tomllib.loads((_LCTFOUND.parent / "pyproject.toml").read_text("utf-8"))["project"]
         engine = {r.name.lower(): str(r.specifier) for r in map(Requirement, project["dependencies"])}
         ours = {r.name.lower(): str(r.specifier) for r in loadRequirements(requirementsFile())}
-        assert engine.pop("vtk")
+        for name in self.NOT_FOR_SLICER:
+            engine.pop(name, None)
         assert {name: ours.get(name) for name in engine} == engine
 
     def test_they_pin_nothing_and_slicers_own_are_known(self):
