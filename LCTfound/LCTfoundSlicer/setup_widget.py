@@ -203,7 +203,7 @@ class SetupSection:
         table.setColumnCount(3)
         table.setHorizontalHeaderLabels([_("Light"), _("What"), _("Found")])
         table.horizontalHeader().setStretchLastSection(True)
-        table.horizontalHeader().connect("sectionResized(int,int,int)", lambda: table.resizeRowsToContents())
+        table.verticalHeader().setSectionResizeMode(qt.QHeaderView.ResizeToContents)
         table.verticalHeader().setVisible(False)
         self.ui.setupProgressBar.setRange(0, len(Step))
 
@@ -231,7 +231,6 @@ class SetupSection:
                 table.setItem(row, column, item)
         table.resizeColumnToContents(_LIGHT)
         table.resizeColumnToContents(_WHAT)
-        table.resizeRowsToContents()
 
     def _showHardware(self) -> None:
         rows = "".join(
