@@ -671,6 +671,13 @@ class ctkPushButton(QtWidgets.QPushButton):
     elideMode = stored(int, "elideMode", int(Qt.TextElideMode.ElideNone), "update")
 
 
+class ctkCheckBox(QtWidgets.QCheckBox):
+    """A check box that may have an icon in place of its box. (The icon is kept, and not painted.)"""
+
+    indicatorIcon = stored(QtGui.QIcon, "indicatorIcon", QtGui.QIcon())
+    indicatorIconSize = stored(QtCore.QSize, "indicatorIconSize", QtCore.QSize())
+
+
 class ctkCheckablePushButton(ctkPushButton):
     """A push button with a check box in it that makes it checkable (or, on request, pressed)."""
 

@@ -411,13 +411,14 @@ class qMRMLCheckableNodeComboBox(qMRMLNodeComboBox):
         if {key: value for key, value in before.items() if value} != {k: v for k, v in self._checks.items() if v}:
             self.checkedNodesChanged.emit()
 
-    def _nodesWith(self, checked: bool) -> list[Any]:
-        return [self._scene.GetNodeByID(nodeID) for nodeID in self._ids if bool(self._checks.get(nodeID)) == checked]
+    def _nodesWith(self, checked: bool) -> tuple[Any, ...]:
+        ids = (nodeID for nodeID in self._ids if bool(self._checks.get(nodeID)) == checked)
+        return tuple(self._scene.GetNodeByID(nodeID) for nodeID in ids)
 
-    def checkedNodes(self) -> list[Any]:
+    def checkedNodes(self) -> tuple[Any, ...]:
         return self._nodesWith(True)
 
-    def uncheckedNodes(self) -> list[Any]:
+    def uncheckedNodes(self) -> tuple[Any, ...]:
         return self._nodesWith(False)
 
     def allChecked(self) -> bool:
@@ -571,15 +572,15 @@ class qMRMLSubjectHierarchyTreeView(QtWidgets.QTreeView):
     def _refill(self) -> None:
         if self._scene is not None and self._scene.IsBatchProcessing():
             return
-        chosen, hierarchy = self.currentItems(), self.subjectHierarchyNode()
+        chosen, hierarchy = self._chosen(), self.subjectHierarchyNode()
         self._filling = True
         self._items.removeRows(0, self._items.rowCount())
         if hierarchy is not None:
             self._addChildren(hierarchy, self.rootItem(), self._items.invisibleRootItem())
         self.expandAll()
-        self.setCurrentItems(chosen)
+        self._choose(chosen)
         self._filling = False
-        if self.currentItems() != chosen:
+        if self._chosen() != chosen:
             self._announce()
 
     def _addChildren(self, hierarchy: Any, parentID: int, parent: QtGui.QStandardItem) -> None:
@@ -613,20 +614,28 @@ class qMRMLSubjectHierarchyTreeView(QtWidgets.QTreeView):
 
         return count(self._items.invisibleRootItem())
 
-    def currentItems(self) -> list[int]:
+    def _chosen(self) -> list[int]:
         return [index.data(_ITEM_ID) for index in self.selectionModel().selectedIndexes]
 
+    def currentItems(self, selectedItems: vtk.vtkIdList) -> None:
+        selectedItems.Reset()
+        for itemID in self._chosen():
+            selectedItems.InsertNextId(itemID)
+
     def currentItem(self) -> int:
-        return next(iter(self.currentItems()), 0)
+        return next(iter(self._chosen()), 0)
 
     def currentNode(self) -> Any:
         hierarchy = self.subjectHierarchyNode()
         return hierarchy.GetItemDataNode(self.currentItem()) if hierarchy is not None and self.currentItem() else None
 
     def setCurrentItem(self, itemID: int) -> None:
-        self.setCurrentItems([itemID])
+        self._choose([itemID])
 
-    def setCurrentItems(self, items: list[int]) -> None:
+    def setCurrentItems(self, items: vtk.vtkIdList | list[int]) -> None:
+        self._choose([items.GetId(n) for n in range(items.GetNumberOfIds())] if hasattr(items, "GetId") else items)
+
+    def _choose(self, items: list[int]) -> None:
         selection = QtCore.QItemSelection()
         for index in (self._indexOf(itemID) for itemID in items):
             if index.isValid():
@@ -643,7 +652,7 @@ class qMRMLSubjectHierarchyTreeView(QtWidgets.QTreeView):
     def _announce(self) -> None:
         self.currentItemChanged.emit(self.currentItem())
         self.currentNodeChanged.emit(self.currentNode())
-        self.currentItemsChanged.emit(self.currentItems())
+        self.currentItemsChanged.emit(self._chosen())
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ Qt, Signal = QtCore.Qt, QtCore.Signal
 _SEGMENT_EVENTS = ("SegmentAdded", "SegmentRemoved", "SegmentModified", "SegmentsOrderModified")
 
 
-def _segment_ids(segmentationNode: Any) -> list[str]:
-    return list(segmentationNode.GetSegmentation().GetSegmentIDs()) if segmentationNode is not None else []
+def _segment_ids(segmentationNode: Any) -> tuple[str, ...]:
+    return tuple(segmentationNode.GetSegmentation().GetSegmentIDs()) if segmentationNode is not None else ()
 
 
 def _segmentation_or_none(node: Any) -> Any:
@@ -176,17 +176,17 @@ class qMRMLSegmentsTableView(qMRMLWidget):
     def model(self) -> QtCore.QAbstractItemModel:
         return self._model
 
-    def displayedSegmentIDs(self) -> list[str]:
+    def displayedSegmentIDs(self) -> tuple[str, ...]:
         wanted = self.textFilter.lower()
         names = {key: self._node.GetSegmentation().GetSegment(key).GetName() for key in _segment_ids(self._node)}
-        return [key for key, name in names.items() if key not in self._hidden and wanted in name.lower()]
+        return tuple(key for key, name in names.items() if key not in self._hidden and wanted in name.lower())
 
     def setHideSegments(self, segmentIDs: list[str]) -> None:
         self._hidden = list(segmentIDs)
         self._refill()
 
-    def hideSegments(self) -> list[str]:
-        return list(self._hidden)
+    def hideSegments(self) -> tuple[str, ...]:
+        return tuple(self._hidden)
 
     def _refill(self) -> None:
         """Show the segments as they are; keep the selection and, where the rows are the same, the items."""
@@ -194,7 +194,7 @@ class qMRMLSegmentsTableView(qMRMLWidget):
             return
         self._filling = True
         keys, chosen = self.displayedSegmentIDs(), self.selectedSegmentIDs()
-        if keys != [self.segmentIDForRow(row) for row in range(self._model.rowCount())]:
+        if keys != tuple(self.segmentIDForRow(row) for row in range(self._model.rowCount())):
             self._model.setRowCount(0)
             for key in keys:
                 self._model.appendRow([self._item(key, column) for column in range(6)])
@@ -264,9 +264,9 @@ class qMRMLSegmentsTableView(qMRMLWidget):
         item = self._model.item(row, _NAME)
         return item.data(_SEGMENT_ID) if item is not None else ""
 
-    def selectedSegmentIDs(self) -> list[str]:
+    def selectedSegmentIDs(self) -> tuple[str, ...]:
         rows = sorted({index.row() for index in self._table.selectionModel().selectedIndexes})
-        return [self.segmentIDForRow(row) for row in rows]
+        return tuple(self.segmentIDForRow(row) for row in rows)
 
     def setSelectedSegmentIDs(self, segmentIDs: list[str]) -> None:
         selection = QtCore.QItemSelection()
@@ -397,7 +397,7 @@ class qMRMLSegmentSelectorWidget(qMRMLWidget):
         self._many.setVisible(self.multiSelection and bool(keys))
         self._restore(keys)
 
-    def _restore(self, keys: list[str]) -> None:
+    def _restore(self, keys: tuple[str, ...]) -> None:
         if self.multiSelection:
             self._check([key for key in self._chosen if key in keys])
             return
@@ -436,10 +436,10 @@ class qMRMLSegmentSelectorWidget(qMRMLWidget):
     def currentSegmentID(self) -> str:
         return "" if self.multiSelection else self._segmentID
 
-    def selectedSegmentIDs(self) -> list[str]:
-        return list(self._chosen)
+    def selectedSegmentIDs(self) -> tuple[str, ...]:
+        return tuple(self._chosen)
 
-    def segmentIDs(self) -> list[str]:
+    def segmentIDs(self) -> tuple[str, ...]:
         return _segment_ids(self.currentNode())
 
     def setCurrentNode(self, node: Any) -> None:

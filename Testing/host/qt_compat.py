@@ -5,7 +5,7 @@ The differences a module file sees, made good here for every Qt class that exist
 - Q_PROPERTYs are attributes: `label.text`, `button.enabled = True`. `label.text()` raises TypeError, as in Slicer.
 - Signals are connected by signature: `button.connect("clicked(bool)", f)`; f gets as many arguments as it takes.
 - `name`, `className()`, `delete()`, dynamic properties and named children are attributes.
-- Enum values are ints.
+- Enum values are ints; lists in properties and signals are tuples.
 - The static dialogs return the bare value.
 
 Stricter than Slicer where Slicer only prints: an unknown signal raises UnknownSignal. As strict as Slicer where PySide6
@@ -120,9 +120,12 @@ def _accepted_arguments(callback: Callable) -> int | None:
 
 def _trimmed(callback: Callable) -> Callable:
     count = _accepted_arguments(callback)
-    if count is None:
-        return lambda *arguments: callback(*arguments)
-    return lambda *arguments: callback(*arguments[:count])
+    return lambda *arguments: callback(*map(_as_tuple, arguments[:count]))
+
+
+def _as_tuple(value: Any) -> Any:
+    """PythonQt gives a QStringList as a tuple."""
+    return tuple(value) if type(value) is list else value
 
 
 def _connect(self: Any, signature: str, receiver: Any, slot: str | None = None) -> bool:
@@ -189,7 +192,8 @@ def _get(self: Any, name: str) -> Any:
     if name in _static_getters(type(self)):
         return _read_property(self, name)
     try:
-        return _inherited_get(self, name)
+        value = _inherited_get(self, name)
+        return _as_tuple(value) if name in properties(type(self)) else value
     except AttributeError:
         if name.startswith("__"):
             raise
@@ -203,7 +207,7 @@ def _get(self: Any, name: str) -> Any:
 
 def _set(self: Any, name: str, value: Any) -> None:
     """Sets properties and dynamic properties; a class written in Python may have attributes of its own besides."""
-    if isinstance(value, QtCore.SignalInstance):  # PySide6 keeps a signal in the object when it is first asked for
+    if name.startswith("__") or isinstance(value, QtCore.SignalInstance):  # PySide6's own, when signals are first used
         _inherited_set(self, name, value)
     elif name == "name":
         _write_property(self, "objectName", value)
@@ -227,6 +231,7 @@ def _is_from_loader(value: Any) -> bool:
 def _set_property(self: Any, name: str, value: Any) -> None:
     if not properties(type(self))[name]:
         raise AttributeError(f"the property '{name}' of {type(self).__name__} is read-only")
+    value = list(value) if isinstance(value, tuple) else value  # a tuple is as good for a QStringList in PythonQt
     own = inspect.getattr_static(type(self), name, None)
     if own is not None and hasattr(own, "__set__"):
         _inherited_set(self, name, value)
@@ -327,7 +332,7 @@ def _return_bare_values() -> None:
 
 def _first_of(dialog: Callable) -> Callable:
     def ask(*arguments: Any, **keywords: Any) -> Any:
-        return dialog(*arguments, **keywords)[0]
+        return _as_tuple(dialog(*arguments, **keywords)[0])
 
     ask.__name__, ask.__doc__ = dialog.__name__, dialog.__doc__
     return ask

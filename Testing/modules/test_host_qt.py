@@ -161,6 +161,14 @@ def test_methods_stay_connected_although_nobody_else_holds_their_object(qt) -> N
     assert received == ["clicked"]
 
 
+def test_methods_of_widgets_can_be_connected_to_attributes(qt, scene) -> None:
+    """`signal.connect(widget.method)`, as PythonQt has it besides."""
+    root, selector = slicer.qMRMLWidget(), slicer.qMRMLNodeComboBox()
+    root.mrmlSceneChanged.connect(selector.setMRMLScene)
+    root.setMRMLScene(scene)
+    assert selector.mrmlScene() is scene
+
+
 def test_a_signal_goes_to_the_slot_of_another_object(qt) -> None:
     box, label = qt.QLineEdit(), qt.QLabel()
     box.connect("textChanged(QString)", label, "setText(QString)")
@@ -232,6 +240,12 @@ def test_a_dialog_that_nobody_answers_does_not_hang(qt) -> None:
         assert qt.QDialog().exec_() == qt.QDialog.Rejected
 
 
+def test_lists_are_tuples_as_in_slicer(scene) -> None:
+    box = slicer.qMRMLNodeComboBox()
+    box.nodeTypes = ("vtkMRMLScalarVolumeNode", "vtkMRMLModelNode")
+    assert box.nodeTypes == ("vtkMRMLScalarVolumeNode", "vtkMRMLModelNode")
+
+
 def test_names_that_pythonqt_does_not_have_are_not_there(qt) -> None:
     assert not {"SIGNAL", "SLOT", "QEnum", "QWebEngineView"} & set(dir(qt))
     with pytest.raises(AttributeError):
@@ -279,7 +293,7 @@ def _another(value):
         return "another"
     if isinstance(value, int | float):
         return value + 1
-    return ["another"] if isinstance(value, list) else value
+    return ("another",) if isinstance(value, tuple) else value
 
 
 def test_every_property_of_a_stand_in_becomes_what_it_is_set_to(qt, host) -> None:
@@ -585,7 +599,7 @@ def test_checked_nodes(scene, qt) -> None:
     first, second = _volume(scene, "first"), _volume(scene, "second")
     changes = Received().of(box, "checkedNodesChanged()")
     box.check(second)
-    assert box.checkedNodes() == [second] and box.uncheckedNodes() == [first] and len(changes) == 1
+    assert box.checkedNodes() == (second,) and box.uncheckedNodes() == (first,) and len(changes) == 1
     first.SetName("renamed")
     assert box.checkState(second) == qt.Qt.Checked and not box.allChecked()
 
@@ -615,7 +629,7 @@ def test_the_segments_table_shows_and_changes_segments(segmentation, scene, qt) 
     table.setMRMLScene(scene)
     table.setSegmentationNode(segmentation)
     model, display = table.model(), segmentation.GetDisplayNode()
-    assert table.displayedSegmentIDs() == ["right", "left"] and model.item(0, 3).text() == "Right lung"
+    assert table.displayedSegmentIDs() == ("right", "left") and model.item(0, 3).text() == "Right lung"
     model.item(0, 0).setCheckState(qt.Qt.Unchecked)
     assert not display.GetSegmentVisibility("right")
     display.SetSegmentVisibility("right", True)
@@ -624,9 +638,9 @@ def test_the_segments_table_shows_and_changes_segments(segmentation, scene, qt) 
     assert segmentation.GetSegmentation().GetSegment("left").GetName() == "Other lung"
     selections = Received().of(table, "selectionChanged(QItemSelection,QItemSelection)")
     table.setSelectedSegmentIDs(["left"])
-    assert table.selectedSegmentIDs() == ["left"] and len(selections) == 1
+    assert table.selectedSegmentIDs() == ("left",) and len(selections) == 1
     table.textFilter = "other"
-    assert table.displayedSegmentIDs() == ["left"] and table.selectedSegmentIDs() == ["left"]
+    assert table.displayedSegmentIDs() == ("left",) and table.selectedSegmentIDs() == ("left",)
     segmentation.GetSegmentation().RemoveSegment("left")
     assert table.segmentCount == 0
     table.setSegmentationNode(None)
@@ -659,7 +673,7 @@ def test_a_segment_is_selected(segmentation, scene) -> None:
     widget.multiSelection = True
     several = Received().of(widget, "segmentSelectionChanged(QStringList)")
     widget.setSelectedSegmentIDs(["right", "no such segment"])
-    assert widget.selectedSegmentIDs() == ["right"] and several == [["right"]]
+    assert widget.selectedSegmentIDs() == ("right",) and several == [("right",)]
 
 
 # -- hierarchy, markups, tables --------------------------------------------------------------------------------------
@@ -767,7 +781,7 @@ def test_a_ui_file_becomes_widgets_with_their_properties_and_connections(host, s
     root = slicer.util.loadUI(str(_ui(tmp_path, cls="ctkPathLineEdit", properties=value)))
     selector = root.findChild(qt.QObject, "selector")
     assert isinstance(root, slicer.qMRMLWidget) and root.child.filters == 0x21
-    assert selector.nodeTypes == ["vtkMRMLScalarVolumeNode"] and selector.noneEnabled
+    assert selector.nodeTypes == ("vtkMRMLScalarVolumeNode",) and selector.noneEnabled
     assert selector.SlicerParameterName == "input" and selector.mrmlScene() is None
     root.setMRMLScene(scene)
     assert selector.mrmlScene() is scene
