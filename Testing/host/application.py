@@ -16,7 +16,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import host
+from host.none_guard import holdNone
 
+holdNone()
 host.install_shims()
 
 import qt  # noqa: E402

@@ -16,8 +16,14 @@ import pytest
 
 os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
 _TESTING = Path(__file__).resolve().parents[1]
-if str(_TESTING) not in sys.path:
-    sys.path.insert(0, str(_TESTING))
+#: The host, and what the panels share (a panel finds it by itself; tests of the parts do not open one).
+for _place in (_TESTING, _TESTING.parent / "LCTfound"):
+    if str(_place) not in sys.path:
+        sys.path.insert(0, str(_place))
+
+from host.none_guard import holdNone  # noqa: E402
+
+holdNone()  # tests of the widgets use Qt without a host
 
 #: Seconds a test may take; a marker `timeout(seconds)` on it says otherwise.
 _LIMIT = 300

@@ -321,6 +321,16 @@ def test_messages_do_not_wait_for_an_answer_under_testing(host):
     assert time.monotonic() - start < 1.0
 
 
+def test_none_outlives_more_calls_than_python_has_references_to_it(host):
+    """PySide6 6.12.0 on Python 3.11 would end this process."""
+    import qt
+
+    label = qt.QLabel()
+    for _ in range(100_000):
+        label.setText("x")
+    assert sys.getrefcount(None) > 10_000
+
+
 def test_exception_in_a_slot_reaches_the_hook_that_fails_a_test(host):
     import qt
 
