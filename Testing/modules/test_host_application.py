@@ -80,6 +80,8 @@ class HostDemoWidget(ScriptedLoadableModuleWidget, VTKObservationMixin):
         self.logic = HostDemoLogic()
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartCloseEvent, self.onSceneStartClose)
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndCloseEvent, self.onSceneEndClose)
+        # A scene's parameters are read before the nodes they refer to: only now can the selectors show them.
+        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndImportEvent, self.onSceneEndClose)
         self.ui.applyButton.connect("clicked(bool)", self.onApplyButton)
         self.initializeParameterNode()
 
