@@ -95,7 +95,7 @@ def test_the_packages_import_from_the_install_tree_alone(built: Built, elsewhere
     found = elsewhere.answer(_IMPORT_ALL, built.modules)
     assert str(REPOSITORY) not in found["path"]
     assert all(Path(file).is_relative_to(built.modules) for file in found["files"].values())
-    engine = {path for path in (REPOSITORY / "LCTfoundLib").rglob("*.py") if path.name != "__main__.py"}
+    engine = {path for path in (built.modules / "LCTfoundLib").rglob("*.py") if path.name != "__main__.py"}
     assert sum(name.startswith("LCTfoundLib") for name in found["imported"]) == len(engine)
     assert {"LCTfoundSlicer", "LCTfoundSlicer.jobs", "LCTfoundSlicer.setup"} <= set(found["imported"])
     # What else could not be imported needs Slicer itself, and nothing of ours.
