@@ -429,6 +429,7 @@ class TestCrash:
         job = runner.submit("ping", {})  # nobody has polled: the runner does not know yet
         assert runner.wait(job, 60) is JobState.FAILED
         assert job.error is not None and job.error.message
+        Path(job.error.log).unlink()
         assert runner.wait(runner.submit("ping", {}), 60) is JobState.DONE
 
 
