@@ -554,7 +554,7 @@ class LCTfoundLungSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservatio
         self.tree.setCase(case)
         self._observeResult(node)
         self.ui.show3DButton.setSegmentationNode(node)
-        self.ui.findingsLabel.text = _findingsText(case) if case is not None and case.isResult else ""
+        self.ui.findingsText.html = _findingsText(case) if case is not None and case.isResult else ""
 
     def _observeResult(self, node: Any) -> None:
         """Follow what others (the Segment Editor, the Segmentations module) do to the result."""

@@ -269,8 +269,10 @@ def sharedRunner() -> JobRunner:
 
 
 def shutDown() -> None:
-    """End the worker and remove what was exchanged with it."""
-    runner = _shared.pop("runner", None)
+    """End the worker and remove what was exchanged with it; the timer must not outlive the application."""
+    pulse, runner = _shared.pop("pulse", None), _shared.pop("runner", None)
+    if pulse is not None:
+        pulse.timer.stop()
     if runner is not None:
         runner.shutdown()
 

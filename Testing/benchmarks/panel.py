@@ -107,7 +107,8 @@ def settle() -> list[float]:
     """Until all views are drawn."""
     import slicer
 
-    return live(lambda: not slicer.app.layoutManager().isDrawing)
+    views = slicer.app.layoutManager()._views()
+    return live(lambda: not any(view._isStale and view.isVisible() for view in views))
 
 
 def measure_cancel(panel, volume) -> None:
@@ -154,9 +155,10 @@ def main() -> None:
     arguments = parser.parse_args()
     from host.application import Host
 
-    host = Host.boot()
+    host = Host()
     import slicer
 
+    host.open_window()
     start = time.monotonic()
     host.load_module(MODULE)
     panel = slicer.modules.lctfoundlungsegmentation.widgetRepresentation().self()

@@ -154,3 +154,21 @@ class TestBadInput:
 
         with pytest.raises(Cancelled):
             segment_lungs(phantom_case.ct, FAST, Progress(listen, cancel=token))
+
+
+def test_artery_and_vein_are_no_surer_than_the_card_allows() -> None:
+    """A network may be sure and wrong: what was measured on real CTs counts."""
+    from types import SimpleNamespace
+
+    from LCTfoundLib.tasks.lung_segmentation import _mistrust_vessels
+
+    def judged(numbers: dict) -> tuple[list, dict]:
+        confidence = {"airway": 0.9, "pulmonary_artery": 0.95, "pulmonary_vein": 0.3}
+        return _mistrust_vessels(SimpleNamespace(numbers=numbers), confidence), confidence
+
+    findings, confidence = judged({"artery/vein points swapped": {"A": 0.2, "B": 0.4}})
+    assert confidence == {"airway": 0.9, "pulmonary_artery": 0.6, "pulmonary_vein": 0.3}
+    assert "20 to 40 %" in findings[0].sentence and findings[0].severity is Severity.WARNING
+    for good in ({}, {"artery/vein points swapped": {"A": 0.05}}):
+        findings, confidence = judged(good)
+        assert not findings and confidence["pulmonary_artery"] == 0.95

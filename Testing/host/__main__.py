@@ -17,13 +17,19 @@ _MODULES = _ROOT / "LCTfound"
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
-    if options.screenshot is not None or not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    if getattr(options, "screenshot", True) is not None or not (
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    ):
         os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
     try:
         from host.application import Host
     except ImportError as problem:
         print(f"The host cannot start: {problem}. Install what it needs: pip install -e '.[host]'", file=sys.stderr)
         return 2
+    if options.command == "screenshots":
+        from host.screenshots import take
+
+        return take(Host(), options.folder)
     return _run(Host(testing=options.screenshot is not None), options)
 
 
@@ -31,10 +37,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="host", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     panel = commands.add_parser("panel", help="open the panels")
-    panel.add_argument("data", nargs="?", type=Path, help="CT: a file, or a folder of DICOM files; or a saved scene")
+    help_text = "CT: a file, or a folder of DICOM files; or a saved scene. Default: the demo's CT"
+    panel.add_argument("data", nargs="?", type=Path, help=help_text)
     panel.add_argument("--module", default="LCTfoundLungSegmentation", help="module to begin with")
     panel.add_argument("--screenshot", type=Path, help="save a picture of the window as PNG and end")
     panel.add_argument("--panel-screenshot", type=Path, help="save a picture of the panel alone as PNG and end")
+    pictures = commands.add_parser("screenshots", help="pictures of each panel with a real result, for the documents")
+    pictures.add_argument("folder", nargs="?", type=Path, default=_ROOT / "Resources" / "Screenshots")
     return parser.parse_args(arguments)
 
 
@@ -47,8 +56,7 @@ def _run(host: Any, options: argparse.Namespace) -> int:
     for path in moduleFiles():
         host.load_module(path)
     host.open_window()
-    if options.data is not None:
-        _load(host, options.data)
+    _load(host, options.data or demo_ct())
     host.select_module(options.module)
     if options.panel_screenshot is not None:
         host.grab_panel(options.panel_screenshot)
@@ -58,6 +66,13 @@ def _run(host: Any, options: argparse.Namespace) -> int:
         host.run()
     host.close()
     return 0
+
+
+def demo_ct() -> Path:
+    """The demo's CT of a real patient; fetched once."""
+    from LCTfoundLib import demo
+
+    return demo.fetch_case(demo.cache_folder()).ct
 
 
 def _load(host: Any, data: Path) -> None:

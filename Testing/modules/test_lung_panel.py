@@ -15,7 +15,7 @@ import pytest
 slicer = pytest.importorskip("slicer", reason="slicer-core is not installed: pip install -e '.[host]'")
 import vtk  # noqa: E402
 
-pytestmark = pytest.mark.end_to_end
+pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(400)]
 
 _MODULE = Path(__file__).parents[2] / "LCTfound" / "LCTfoundLungSegmentation" / "LCTfoundLungSegmentation.py"
 #: Seconds a run on the synthetic patient may take on a busy machine of two cores.
@@ -113,7 +113,7 @@ def test_apply_segments_the_patient(host, panel, phantom_case) -> None:
     panel._parameterNode.device = "cpu"
     assert panel.ui.qualityComboBox.currentData == "fast"
     panel.ui.applyButton.click()
-    assert panel.ui.applyButton.text == "Cancel" and panel.ui.progressBar.visible
+    assert panel.ui.applyButton.text == "Cancel" and not panel.ui.progressBar.isHidden()
     _spin(lambda: panel._run is None, _LONG)
     result = panel._parameterNode.outputSegmentation
     assert result is not None and panel.ui.applyButton.text == "Apply"
@@ -195,8 +195,8 @@ def test_findings_are_told_in_words(finished) -> None:
     panel, segmentation, _ = finished
     findings = json.loads(segmentation.GetAttribute("LCTfound.Result"))["findings"]
     for finding in findings:
-        assert finding["sentence"].split(".")[0][:40] in panel.ui.findingsLabel.text.replace("&#x27;", "'")
-    assert panel.ui.findingsLabel.text
+        assert finding["sentence"] in panel.ui.findingsText.plainText
+    assert any("vessels" in finding["sentence"] for finding in findings)  # these weights exchange arteries and veins
 
 
 # -- stopping and failing --------------------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def test_editing_is_done_in_a_copy(finished) -> None:
     np.testing.assert_array_equal(_arrays(segmentation, volume)[0], before)
     edited, _ = _arrays(copy, volume)
     assert (edited[2:6, 2:6, 2:6] == 1).all() and (edited == 1).sum() == 64
-    assert "Edited" in panel.ui.findingsLabel.text
+    assert "Edited" in panel.ui.findingsText.plainText
 
 
 # -- taking along ----------------------------------------------------------------------------------------------------

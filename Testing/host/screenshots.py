@@ -1,0 +1,51 @@
+"""Pictures of the panels with a real result, for README, guide and extensions index: `python -m host screenshots`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import slicer
+
+from host.__main__ import demo_ct, moduleFiles
+
+__all__ = ["take"]
+
+
+def take(host: Any, folder: Path) -> int:
+    """Segment the demo's CT in the panel and take a picture of each panel into a folder."""
+    for path in moduleFiles():
+        host.load_module(path)
+    window = host.open_window(1500, 950)
+    _home(host, folder)
+    _lungs(host, window, folder)
+    host.close()
+    return 0
+
+
+def _home(host: Any, folder: Path) -> None:
+    host.select_module("LCTfound")
+    home = slicer.modules.lctfound.widgetRepresentation().self()
+    host.wait_for(lambda: not home.setupSection.isChecking, 60)
+    print(host.grab(folder / "LCTfound.png"))
+
+
+def _lungs(host: Any, window: Any, folder: Path) -> None:
+    volume = slicer.util.loadVolume(str(demo_ct()))
+    volume.SetName("LIDC-IDRI-0001")
+    volume.GetDisplayNode().AutoWindowLevelOff()
+    volume.GetDisplayNode().SetWindowLevel(1500, -500)
+    slicer.util.setSliceViewerLayers(background=volume, fit=True)
+    host.select_module("LCTfoundLungSegmentation")
+    panel = slicer.modules.lctfoundlungsegmentation.widgetRepresentation().self()
+    panel._parameterNode.inputVolume = volume
+    panel.ui.applyButton.click()
+    host.wait_for(lambda: panel._run is None, 1200)
+    view = host.layoutManager.threeDWidget(0).mrmlViewNode()
+    view.SetBoxVisible(False)
+    view.SetAxisLabelsVisible(False)
+    host.layoutManager.resetThreeDViews()
+    slicer.vtkMRMLSliceNode.JumpAllSlices(
+        slicer.mrmlScene, *panel._parameterNode.outputSegmentation.GetSegmentCenterRAS("right_s03")
+    )
+    print(host.grab(folder / "LCTfoundLungSegmentation.png"))
