@@ -16,8 +16,6 @@ Qt, Signal = QtCore.Qt, QtCore.Signal
 # -- choosing a node --------------------------------------------------------------------------------------------------
 
 _ACTION, _NODE_ID = int(Qt.ItemDataRole.UserRole) + 1, int(Qt.ItemDataRole.UserRole) + 2
-#: Scene events after which the list of nodes is made anew; it is not touched while many nodes come or go.
-_SCENE_EVENTS = ("NodeAddedEvent", "NodeRemovedEvent", "EndBatchProcessEvent", "EndImportEvent", "EndCloseEvent")
 
 
 class qMRMLNodeComboBox(QtWidgets.QWidget):
@@ -151,7 +149,8 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):
         self._observations.leave("scene")
         self._scene = scene
         if scene is not None:
-            self._observations.watch("scene", scene, [getattr(scene, name) for name in _SCENE_EVENTS], "_rebuild")
+            self._observations.watch("scene", scene, [scene.NodeAddedEvent, scene.NodeRemovedEvent], "_rebuild")
+            self._observations.watch("scene", scene, [scene.EndImportEvent, scene.EndCloseEvent], "_startAnew")
             self._observations.watch_node("scene", scene, scene.NodeAboutToBeRemovedEvent, "_nodeLeaves")
         wanted, self._requestedID = self._requestedID, None
         self._rebuild(entered=True)
@@ -163,10 +162,17 @@ class qMRMLNodeComboBox(QtWidgets.QWidget):
         if node.GetID() in self._ids:
             self.nodeAboutToBeRemoved.emit(node)
 
+    def _startAnew(self) -> None:
+        """A scene was read or closed: the real one takes all nodes out, which loses the choice, and in again."""
+        self._ids = []
+        self._fill([], "")
+        self._become("")
+        self._rebuild()
+
     def _rebuild(self, entered: bool = False) -> None:
         """List the nodes anew, and keep the current one, or take the one in its place when it is gone."""
-        if self._scene is not None and self._scene.IsBatchProcessing():
-            return
+        if self._scene is not None and (self._scene.IsImporting() or self._scene.IsClosing()):
+            return  # as the real one, which waits for the end of both
         candidates = [node for node in self._sceneNodes() if self._isOfType(node)]
         self._watch(candidates)
         before, nodes = self._ids, [node for node in candidates if self._accepts(node)]

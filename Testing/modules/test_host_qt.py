@@ -532,6 +532,20 @@ def test_a_node_selector_follows_the_scene(scene, host) -> None:
     assert box.currentNode() is None and box.nodeCount() == 0
 
 
+def test_a_node_selector_loses_its_choice_when_a_scene_is_read(scene, tmp_path) -> None:
+    """As the real one does: it takes all nodes out and in again, and knows none while the scene is being read."""
+    kept, box = _volume(scene, "CT"), _selector(scene, noneEnabled=True)
+    assert scene.WriteToMRB(str(tmp_path / "scene.mrb"))
+    box.setCurrentNode(kept)
+    nodes = Received().of(box, "currentNodeChanged(vtkMRMLNode*)")
+    during = []
+    tag = scene.AddObserver(scene.NodeAddedEvent, lambda *_: during.append(box.nodeCount()))
+    assert slicer.util.loadScene(str(tmp_path / "scene.mrb"))
+    scene.RemoveObserver(tag)
+    assert box.nodeCount() == 2 and set(during) == {1}
+    assert nodes == [None] and box.currentNode() is None
+
+
 def test_a_node_selector_makes_renames_and_removes_nodes(scene) -> None:
     from host.dialogs import answering
 
