@@ -58,9 +58,13 @@ class StructureTree:
         self._groups: dict[str, tuple[Any, list[str]]] = {}
         self._filling = False
         widget.setColumnCount(3)
-        widget.setHeaderLabels([_("Structure"), _("Volume (mL)"), _("Confidence")])
+        widget.setHeaderLabels([_("Structure"), _("mL"), _("Confidence")])
         widget.setSelectionMode(qt.QAbstractItemView.ExtendedSelection)
-        widget.setColumnWidth(_NAME, 230)
+        header = widget.header()
+        header.setStretchLastSection(False)
+        header.setSectionResizeMode(_NAME, qt.QHeaderView.Stretch)
+        for column in (_VOLUME, _CONFIDENCE):
+            header.setSectionResizeMode(column, qt.QHeaderView.ResizeToContents)
         widget.connect("itemChanged(QTreeWidgetItem*,int)", self._itemChanged)
         widget.connect("itemClicked(QTreeWidgetItem*,int)", self._itemClicked)
         widget.connect("itemSelectionChanged()", self._selectionChanged)

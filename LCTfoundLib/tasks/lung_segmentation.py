@@ -187,7 +187,7 @@ def segment_lungs(
     last_step.update(0.0)
     state = _state(ct, trees, parts)
     findings, state.confidence = _judged(upright, coarse, trees, parts, state)
-    findings += _mistrust_vessels(nets[1].card, state.confidence)
+    findings = [*_mistrust_vessels(nets[1].card, state.confidence), *findings]
     findings.sort(key=lambda finding: -finding.severity)
     state.findings = [_MIRRORED, *findings] if mirrored else findings
     segments, labels = _on_input_grid(state)
@@ -450,9 +450,10 @@ def _mistrust_vessels(card: Card, confidence: dict[str, float]) -> list[Finding]
         return []
     for structure in STRUCTURES[19:]:
         confidence[structure.key] = min(confidence[structure.key], 1.0 - max(known))
+    share = f"{100 * min(known):.0f} to {100 * max(known):.0f} %"
     sentence = (
-        f"In tests on real CTs {100 * min(known):.0f} to {100 * max(known):.0f} % of the vessel points got the wrong name "
-        "(artery or vein): take the two together as vessels."
+        f"In tests on real CTs {share} of the vessel points got the wrong name (artery or vein): "
+        "take the two together as vessels."
     )
     return [Finding(Severity.WARNING, "pulmonary_artery", sentence)]
 
