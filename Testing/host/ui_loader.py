@@ -18,7 +18,7 @@ from host.ctk_widgets import CLASSES as CTK_CLASSES
 from host.mrml_widgets import CLASSES as MRML_CLASSES
 from host.qt_compat import QtCore, QtGui, QtWidgets, normalized, properties, signals
 
-__all__ = ["UiFile", "UnknownConnection", "UnknownProperty", "UnknownWidget", "load_ui", "register", "widget_class"]
+__all__ = ["UiFile", "UnknownConnection", "UnknownProperty", "UnknownWidget", "load_ui", "widget_class"]
 
 _Element = ElementTree.Element
 
@@ -45,11 +45,6 @@ _ATTRIBUTES = re.compile(
     "title|label|icon|toolTip|whatsThis|buttonGroup|(horizontalH|verticalH|h)eader(Visible|CascadingSectionResizes|"
     "DefaultSectionSize|HighlightSections|MinimumSectionSize|ShowSortIndicator|StretchLastSection)"
 )
-
-
-def register(cls: type) -> None:
-    """Make a further stand-in known to the loader, under its own name."""
-    _classes[cls.__name__] = cls
 
 
 def widget_class(name: str) -> type:
