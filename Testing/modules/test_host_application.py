@@ -620,14 +620,47 @@ def test_widgets_and_parameters_follow_each_other_until_disconnected(host):
 
 
 def test_widget_that_cannot_show_a_type_is_refused(host):
+    """As in Slicer: a combo box needs choices, a slider limits on both sides."""
+    import ctk
     import qt
 
-    _, node = _wrapped(on=bool, text=str, count=int)
-    for name, widget in (("on", qt.QPushButton()), ("text", qt.QComboBox()), ("count", qt.QCheckBox())):
-        with pytest.raises(TypeError):
-            node.connectParametersToGui({name: widget})
+    _, node = _wrapped(text=str, count=int, ratio=float)
+    refused = {
+        "text": [qt.QComboBox(), qt.QCheckBox()],
+        "count": [qt.QCheckBox(), qt.QSlider(), qt.QDoubleSpinBox()],
+        "ratio": [ctk.ctkSliderWidget()],
+    }
+    for name, widgets in refused.items():
+        for widget in widgets:
+            with pytest.raises(RuntimeError):
+                node.connectParametersToGui({name: widget})
     with pytest.raises(ValueError, match="missing"):
         node.connectParametersToGui({"missing": qt.QLineEdit()})
+
+
+def test_connecting_changes_the_widget_as_slicer_does(host):
+    """Limits and node types of the .ui file give way to those of the parameter."""
+    import qt
+
+    _, node = _wrapped(count=int, on=bool, node=slicer.vtkMRMLModelNode)
+    spin, button, selector = qt.QSpinBox(), qt.QPushButton(), slicer.qMRMLNodeComboBox()
+    spin.maximum = 7
+    selector.nodeTypes = ["vtkMRMLScalarVolumeNode"]
+    node.connectParametersToGui({"count": spin, "on": button, "node": selector})
+    assert (spin.minimum, spin.maximum) == (-(2**31), 2**31 - 1) and button.checkable
+    assert list(selector.nodeTypes) == ["vtkMRMLModelNode"]
+
+
+def test_reference_is_read_when_the_node_tells_of_a_change_and_not_before(host):
+    """As in Slicer; a scene's parameters are read before its volumes, so panels wrap the node anew at EndImport."""
+    kind, node = _wrapped(volume=slicer.vtkMRMLScalarVolumeNode)
+    volume = _box()
+    node.parameterNode.SetDisableModifiedEvent(True)
+    node.parameterNode.SetNodeReferenceID("volume", volume.GetID())
+    node.parameterNode.SetDisableModifiedEvent(False)
+    assert node.volume is None and kind(node.parameterNode).volume is volume
+    node.Modified()
+    assert node.volume is volume
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

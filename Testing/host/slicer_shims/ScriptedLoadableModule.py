@@ -62,6 +62,7 @@ class ScriptedLoadableModuleWidget:
     """The panel. Without `parent` it makes a window of its own, sets itself up and shows it."""
 
     def __init__(self, parent: Any = None) -> None:
+        super().__init__()  # of VTKObservationMixin, where a panel has it as second base
         self.moduleName = type(self).__name__.removesuffix("Widget")
         self.developerMode = slicer.util.settingsValue("Developer/DeveloperMode", False, converter=slicer.util.toBool)
         self.parent = parent or self._ownWindow()
@@ -123,6 +124,7 @@ class ScriptedLoadableModuleLogic:
     """Computation of a module; its parameters live in a vtkMRMLScriptedModuleNode of the scene."""
 
     def __init__(self, parent: Any = None) -> None:
+        super().__init__()
         self.parent = parent
         self.moduleName = type(self).__name__.removesuffix("Logic")
         #: False: each call of createParameterNode() adds one more set of parameters to the scene.
@@ -161,6 +163,7 @@ class ScriptedLoadableModuleTest(unittest.TestCase):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        super(unittest.TestCase, self).__init__()  # unittest does not pass the call on
         self.messageDelay = 1000
 
     def setUp(self) -> None:

@@ -13,13 +13,14 @@ from .annotations import (
     Maximum,
     Minimum,
     NotNone,
+    RangeBounds,
     SingleStep,
     Validator,
     WithinRange,
 )
 from .connectors import GuiConnector
-from .packs import isParameterPack, parameterPack
-from .storage import FloatRange, ObservedDict, ObservedList
+from .packs import FloatRange, isParameterPack, parameterPack
+from .storage import ObservedDict, ObservedList
 from .wrapper import (
     SlicerParameterNamePropertyName,
     findChildWidgetForParameter,
@@ -40,6 +41,7 @@ __all__ = [
     "NotNone",
     "ObservedDict",
     "ObservedList",
+    "RangeBounds",
     "SingleStep",
     "SlicerParameterNamePropertyName",
     "Validator",

@@ -63,6 +63,10 @@ class WithinRange(Validator):
                 raise ValueError(f"Value must be within range [{self.minimum}, {self.maximum}], is {value}")
 
 
+class RangeBounds(WithinRange):
+    """Limits of a FloatRange."""
+
+
 class Choice(Validator):
     def __init__(self, choices: Iterable[Any]) -> None:
         self.choices = tuple(choices)
@@ -88,6 +92,11 @@ class Default:
         if (value is _UNSET) == (generator is None):
             raise ValueError("Default takes either a value or a generator")
         self._value, self._generator = value, generator
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Default) and (self._value, self._generator) == (other._value, other._generator)
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def value(self) -> Any:
@@ -125,7 +134,8 @@ def split(annotated: Any) -> tuple[Any, Annotations]:
     """The bare type, and what was said of it."""
     if typing.get_origin(annotated) is not Annotated:
         return annotated, Annotations()
-    bare, *extras = typing.get_args(annotated)
+    bare, *given = typing.get_args(annotated)
+    extras = [extra() if isinstance(extra, type) and issubclass(extra, Validator) else extra for extra in given]
 
     def first(kind: type) -> Any:
         return next((extra for extra in extras if isinstance(extra, kind)), None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import pathlib
 import types
 import typing
@@ -15,7 +17,8 @@ import qt
 import slicer
 
 from .annotations import Annotations, split
-from .storage import PATH_TYPES, FloatRange
+from .packs import FloatRange
+from .storage import PATH_TYPES
 
 
 class GuiConnector(ABC):
@@ -54,6 +57,11 @@ class GuiConnector(ABC):
 class CheckedConnector(GuiConnector):
     signal = "toggled(bool)"
 
+    def _prepare(self) -> None:
+        if not self.widget.checkable:
+            logging.warning("The button %s is made checkable, as it is bound to a bool.", self.widget.objectName)
+            self.widget.checkable = True
+
     def read(self) -> bool:
         return bool(self.widget.checked)
 
@@ -62,17 +70,22 @@ class CheckedConnector(GuiConnector):
 
 
 class NumberConnector(GuiConnector):
+    """The range of the widget becomes that of the parameter, whatever the .ui file says."""
+
+    widest: tuple[float, float] = (-math.inf, math.inf)
+    #: Widgets that cannot show a number without limits.
+    limited: tuple[type, ...] = ()
+
     def _prepare(self) -> None:
         hints = self._annotations
-        given = {
-            "decimals": hints.decimals,
-            "minimum": hints.minimum,
-            "maximum": hints.maximum,
-            "singleStep": hints.singleStep,
-        }
-        for name, value in given.items():
-            if value is not None:
-                setattr(self.widget, name, self._number(value))
+        if isinstance(self.widget, self.limited) and None in (hints.minimum, hints.maximum):
+            raise RuntimeError(f"{self.widget.className()} {self.widget.objectName} needs a parameter with both limits")
+        if hints.decimals is not None:
+            self.widget.decimals = hints.decimals
+        self.widget.minimum = self._number(self.widest[0] if hints.minimum is None else hints.minimum)
+        self.widget.maximum = self._number(self.widest[1] if hints.maximum is None else hints.maximum)
+        if hints.singleStep is not None:
+            self.widget.singleStep = self._number(hints.singleStep)
 
     def _number(self, value: float) -> float:
         return value
@@ -87,6 +100,8 @@ class NumberConnector(GuiConnector):
 
 class IntConnector(NumberConnector):
     signal = "valueChanged(int)"
+    widest = (-(2**31), 2**31 - 1)
+    limited = (qt.QSlider,)
 
     def _number(self, value: float) -> int:
         return int(value)
@@ -94,10 +109,20 @@ class IntConnector(NumberConnector):
 
 class FloatConnector(NumberConnector):
     signal = "valueChanged(double)"
+    limited = (ctk.ctkSliderWidget,)
 
 
-class RangeConnector(NumberConnector):
+class RangeConnector(GuiConnector):
     signal = "valuesChanged(double,double)"
+
+    def _prepare(self) -> None:
+        hints = self._annotations
+        if None in (hints.minimum, hints.maximum):
+            raise RuntimeError(f"{self.widget.className()} {self.widget.objectName} needs a range with RangeBounds")
+        self.widget.setRange(hints.minimum, hints.maximum)
+        for name, value in (("decimals", hints.decimals), ("singleStep", hints.singleStep)):
+            if value is not None:
+                setattr(self.widget, name, value)
 
     def read(self) -> FloatRange:
         return FloatRange(self.widget.minimumValue, self.widget.maximumValue)
@@ -117,7 +142,7 @@ class ChoiceConnector(GuiConnector):
             self._values = list(self._annotations.choice.choices)
             texts = [str(value) for value in self._values]
         else:
-            raise TypeError(f"The combo box {self.widget.objectName} needs a parameter with a Choice, or an Enum")
+            raise RuntimeError(f"The combo box {self.widget.objectName} needs a parameter with a Choice, or an Enum")
         self.widget.clear()
         self.widget.addItems(texts)
 
@@ -179,6 +204,12 @@ class DirectoryConnector(GuiConnector):
 class NodeConnector(GuiConnector):
     signal = "currentNodeChanged(vtkMRMLNode*)"
 
+    def _prepare(self) -> None:
+        """Only nodes that the parameter takes are offered, whatever the .ui file says."""
+        isUnion = typing.get_origin(self._kind) in (typing.Union, types.UnionType)
+        kinds = typing.get_args(self._kind) if isUnion else (self._kind,)
+        self.widget.nodeTypes = [kind.__name__ for kind in kinds if kind is not type(None)]
+
     def read(self) -> Any:
         return self.widget.currentNode()
 
@@ -191,15 +222,15 @@ def createGuiConnector(widget: Any, annotated: Any) -> GuiConnector:
     """The connector of a widget and a (possibly annotated) type.
 
     Raises:
-        TypeError: Slicer has no connection between the two.
+        RuntimeError: Slicer has no connection between the two.
     """
     kind, annotations = split(annotated)
     for classes, takes, connector in _connections():
         if isinstance(widget, classes) and takes(kind):
-            if connector is CheckedConnector and not widget.checkable:
-                raise TypeError(f"The button {widget.objectName} must be checkable to be bound to a bool")
             return connector(widget, kind, annotations)
-    raise TypeError(f"No connection between the widget {widget.objectName} ({widget.className()}) and the type {kind}")
+    raise RuntimeError(
+        f"No connection between the widget {widget.objectName} ({widget.className()}) and the type {kind}"
+    )
 
 
 def _connections() -> list[tuple[tuple[type, ...], Callable[[Any], bool], type[GuiConnector]]]:

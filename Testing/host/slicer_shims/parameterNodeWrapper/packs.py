@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import typing
 from typing import Any
 
 from .annotations import Default, split
-from .storage import Storage, storageFor
+from .storage import NodeStorage, Storage, storageFor
 
 
 def isParameterPack(classOrObj: Any) -> bool:
@@ -38,6 +39,9 @@ class PackStorage(Storage):
         object.__setattr__(pack, "_place", (node, name))
         return pack
 
+    def detached(self, value: Any) -> Any:
+        return copy.deepcopy(value)
+
     def _write(self, node: Any, name: str, value: Any) -> None:
         for key, member in self._pack._members.items():
             member.write(node, f"{name}.{key}", getattr(value, key))
@@ -49,8 +53,6 @@ class PackStorage(Storage):
 
 def _isAlwaysKept(member: Storage) -> bool:
     """A reference to no node leaves no trace in the parameter node."""
-    from .storage import NodeStorage
-
     return not isinstance(member, NodeStorage)
 
 
@@ -91,6 +93,8 @@ def parameterPack(classtype: type | None = None) -> Any:
 
 def _pack(kind: type) -> type:
     hints = typing.get_type_hints(kind, include_extras=True)
+    if reserved := hints.keys() & {*_PACK_METHODS, "_hints", "_members", "_defaults", "_is_parameterPack"}:
+        raise ValueError(f"Cannot use reserved name '{reserved.pop()}' in a parameterPack")
     kind._hints, kind._members, kind._defaults = hints, {}, {}
     for name, hint in hints.items():
         storage = storageFor(hint)
@@ -140,11 +144,13 @@ def _setattr(self: Any, name: str, value: Any) -> None:
 
 
 def _getValue(self: Any, name: str) -> Any:
+    _checkMember(self, name)
     head, _, rest = name.partition(".")
     return getattr(self, head).getValue(rest) if rest else getattr(self, head)
 
 
 def _setValue(self: Any, name: str, value: Any) -> None:
+    _checkMember(self, name)
     head, _, rest = name.partition(".")
     if rest:
         getattr(self, head).setValue(rest, value)
@@ -152,18 +158,25 @@ def _setValue(self: Any, name: str, value: Any) -> None:
         setattr(self, head, value)
 
 
+def _checkMember(pack: Any, name: str) -> None:
+    """A member, or a property that a pack with invariants has besides."""
+    if not isinstance(getattr(type(pack), name, None), property):
+        dataTypeOf(type(pack), name)
+
+
 def dataTypeOf(kind: Any, name: str) -> Any:
     """The (annotated) type of the member `a.b.c` of a pack class or wrapper class."""
     head, _, rest = name.partition(".")
-    if head not in kind._hints:
-        raise ValueError(f"{kind.__name__} has no parameter {head!r}; it has {', '.join(kind._hints)}")
+    hints = getattr(kind, "_hints", {})
+    if head not in hints:
+        raise ValueError(f"{kind.__name__} has no parameter {head!r}; it has {', '.join(hints) or 'none'}")
     return dataTypeOf(split(kind._hints[head])[0], rest) if rest else kind._hints[head]
 
 
 def _deepcopy(self: Any, memo: Any) -> Any:
     copied = type(self).__new__(type(self))
     for name in self._members:
-        setattr(copied, name, getattr(self, name))
+        setattr(copied, name, self._members[name].detached(getattr(self, name)))
     return copied
 
 
@@ -179,3 +192,14 @@ _PACK_METHODS = {
     "setValue": _setValue,
     "dataType": classmethod(dataTypeOf),
 }
+
+
+@parameterPack
+class FloatRange:
+    minimum: float
+    maximum: float
+
+    def __init__(self, minimum: float = 0.0, maximum: float = 0.0) -> None:
+        if minimum > maximum:
+            raise ValueError(f"The range's minimum {minimum} lies above its maximum {maximum}")
+        self.minimum, self.maximum = minimum, maximum

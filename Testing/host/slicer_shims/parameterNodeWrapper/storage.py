@@ -7,7 +7,6 @@ import types
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -21,16 +20,6 @@ PATH_TYPES = (
     pathlib.PurePosixPath,
     pathlib.PureWindowsPath,
 )
-
-
-@dataclass(frozen=True)
-class FloatRange:
-    minimum: float
-    maximum: float
-
-    def __post_init__(self) -> None:
-        if self.minimum > self.maximum:
-            raise ValueError(f"The range's minimum {self.minimum} lies above its maximum {self.maximum}")
 
 
 class Storage(ABC):
@@ -59,8 +48,13 @@ class Storage(ABC):
         """Raise ValueError or TypeError for a value that cannot be kept."""
         self.annotations.validate(value)
 
+    def detached(self, value: Any) -> Any:
+        """The value apart from its place in a node, which may be about to be overwritten."""
+        return value
+
     def write(self, node: Any, name: str, value: Any) -> None:
         self.check(value)
+        value = self.detached(value)
         wasModifying = node.StartModify()
         try:
             self._write(node, name, value)
@@ -99,8 +93,6 @@ class TextStorage(Storage):
 
 
 class NodeStorage(Storage):
-    isCached = False
-
     def __init__(self, classes: tuple[type, ...]) -> None:
         self._classes = classes
 
@@ -139,19 +131,28 @@ class UnionStorage(Storage):
         return None if self._takesNone and len(self._options) == 1 else self._options[0].default()
 
     def _optionFor(self, value: Any) -> int | None:
+        """Which of the types takes the value. A bool is no int here, other than for a plain int."""
         if value is None and self._takesNone:
             return None
+        refusals: list[Exception] = []
         for index, option in enumerate(self._options):
             try:
                 option.check(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError) as refusal:
+                refusals.append(refusal)
                 continue
-            return index
-        raise TypeError(f"No type of the union takes the value {value!r}")
+            if not isinstance(value, bool) or isinstance(option.default(), bool):
+                return index
+        invalid = [refusal for refusal in refusals if isinstance(refusal, ValueError)]
+        raise invalid[0] if invalid else TypeError(f"No type of the union takes the value {value!r}")
 
     def check(self, value: Any) -> None:
         self._optionFor(value)
         super().check(value)
+
+    def detached(self, value: Any) -> Any:
+        option = self._optionFor(value)
+        return None if option is None else self._options[option].detached(value)
 
     def isIn(self, node: Any, name: str) -> bool:
         return bool(node.HasParameter(f"{name}.option"))
@@ -184,11 +185,15 @@ class SequenceStorage(Storage):
         return bool(node.HasParameter(f"{name}.count"))
 
     def _write(self, node: Any, name: str, value: Any) -> None:
-        values = [item for item in value]
+        values = list(value)
         self.remove(node, name)
         node.SetParameter(f"{name}.count", str(len(values)))
         for index, (element, item) in enumerate(zip(self._elements(len(values)), values, strict=True)):
             element.write(node, f"{name}.{index}", item)
+
+    def detached(self, value: Any) -> list[Any]:
+        values = list(value)
+        return [element.detached(item) for element, item in zip(self._elements(len(values)), values, strict=True)]
 
     def readAll(self, node: Any, name: str) -> list[Any]:
         elements = self._elements(int(node.GetParameter(f"{name}.count")))
@@ -246,26 +251,6 @@ class TupleStorage(SequenceStorage):
         return tuple(self.readAll(node, name))
 
 
-class RangeStorage(TupleStorage):
-    def __init__(self) -> None:
-        number = storageFor(float)
-        super().__init__([number, number])
-
-    def default(self) -> FloatRange:
-        return FloatRange(0.0, 0.0)
-
-    def check(self, value: Any) -> None:
-        if not isinstance(value, FloatRange):
-            raise TypeError(f"Value must be a FloatRange, is {value!r}")
-        self.annotations.validate(value)
-
-    def _write(self, node: Any, name: str, value: FloatRange) -> None:
-        super()._write(node, name, (value.minimum, value.maximum))
-
-    def read(self, node: Any, name: str) -> FloatRange:
-        return FloatRange(*self.readAll(node, name))
-
-
 class DictStorage(Storage):
     """Keys in one list, values in another."""
 
@@ -292,6 +277,10 @@ class DictStorage(Storage):
 
     def read(self, node: Any, name: str) -> ObservedDict:
         return ObservedDict(self, node, name)
+
+    def detached(self, value: dict[Any, Any]) -> dict[Any, Any]:
+        keys, values = self._keys.detached(list(value)), self._values.detached(list(value.values()))
+        return dict(zip(keys, values, strict=True))
 
     def _write(self, node: Any, name: str, value: dict[Any, Any]) -> None:
         self._keys.write(node, f"{name}.keys", list(value))
@@ -350,9 +339,15 @@ class ObservedDict(_Observed, dict):
         return dict(self)
 
 
+def _refused(self: Any, other: Any) -> Any:
+    raise NotImplementedError("A list of a parameter node makes no new list: change it in place, or copy it first")
+
+
 _LIST_CHANGES = "append extend insert remove pop clear sort reverse __setitem__ __delitem__ __iadd__ __imul__"
 for _method in _LIST_CHANGES.split():
     setattr(ObservedList, _method, _writesThrough(list, _method))
+for _method in ("__add__", "__radd__", "__mul__", "__rmul__"):
+    setattr(ObservedList, _method, _refused)
 for _method in "__setitem__ __delitem__ __ior__ pop popitem clear update setdefault".split():
     setattr(ObservedDict, _method, _writesThrough(dict, _method))
 
@@ -406,8 +401,6 @@ def _storageForClass(kind: type) -> Storage:
         return TextStorage((kind,), str, kind, kind() if kind is not pathlib.WindowsPath else None)
     if issubclass(kind, Enum):
         return TextStorage((kind,), lambda value: value.name, lambda text: kind[text], next(iter(kind)))
-    if kind is FloatRange:
-        return RangeStorage()
     if isParameterPack(kind):
         return PackStorage(kind)
     if _isNodeClass(kind):

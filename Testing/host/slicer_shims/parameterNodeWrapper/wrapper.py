@@ -14,7 +14,7 @@ from .packs import dataTypeOf, declaredDefault
 from .storage import Storage, storageFor
 
 SlicerParameterNamePropertyName = "SlicerParameterName"
-#: The cache is emptied before anybody else hears of a change.
+#: Values are read again before anybody else hears of a change.
 _FIRST = 1000.0
 
 
@@ -70,8 +70,9 @@ class _WrapperMethods:
         self._nextTag = 0
         self._writeMissingDefaults()
         me = weakref.ref(self)
-        tag = parameterNode.AddObserver(vtk.vtkCommand.ModifiedEvent, lambda *_: _forget(me), _FIRST)
+        tag = parameterNode.AddObserver(vtk.vtkCommand.ModifiedEvent, lambda *_: _readAgain(me), _FIRST)
         weakref.finalize(self, parameterNode.RemoveObserver, tag)
+        self._readAll()
 
     def _writeMissingDefaults(self) -> None:
         with slicer.util.NodeModify(self.parameterNode):
@@ -84,22 +85,31 @@ class _WrapperMethods:
             raise AttributeError(f"{type(self).__name__} has no parameter {name!r}")
         object.__setattr__(self, name, value)
 
+    def _readAll(self) -> None:
+        self._cache.clear()
+        for name in self.allParameters:
+            self._read(name)
+
     def _read(self, name: str) -> Any:
-        storage: Storage = self.allParameters[name]
-        if name in self._cache:
-            return self._cache[name]
-        if storage.isIn(self.parameterNode, self._prefix + name):
-            value = storage.read(self.parameterNode, self._prefix + name)
-        else:
-            value = self._defaults[name].value
-        if storage.isCached:
+        """From the cache: what the parameter was when the node last told of a change."""
+        if name not in self._cache:
+            value = self._fresh(name)
+            if not self.allParameters[name].isCached:
+                return value
             self._cache[name] = value
-        return value
+        return self._cache[name]
+
+    def _fresh(self, name: str) -> Any:
+        storage: Storage = self.allParameters[name]
+        if storage.isIn(self.parameterNode, self._prefix + name):
+            return storage.read(self.parameterNode, self._prefix + name)
+        return self._defaults[name].value
 
     def _write(self, name: str, value: Any) -> None:
         with slicer.util.NodeModify(self.parameterNode):
             self.allParameters[name].write(self.parameterNode, self._prefix + name, value)
             self._cache.pop(name, None)
+            self._read(name)
 
     def default(self, name: str) -> Any:
         dataTypeOf(type(self), name)
@@ -159,10 +169,11 @@ class _WrapperMethods:
         self.parameterNode.Modified()
 
 
-def _forget(reference: weakref.ref[Any]) -> None:
+def _readAgain(reference: weakref.ref[Any]) -> None:
+    """At once, as Slicer does: a node that comes into the scene later is not seen until the next change."""
     wrapper = reference()
     if wrapper is not None:
-        wrapper._cache.clear()
+        wrapper._readAll()
 
 
 def _boundWidgets(gui: Any) -> dict[str, Any]:
