@@ -384,6 +384,32 @@ def test_every_format_is_exported_and_read_back(finished, tmp_path) -> None:
         assert {row["key"] for row in csv.DictReader(file)} >= {"right_upper_lobe", "airway"}
 
 
+def test_a_ct_from_dicom_is_exported_as_dicom_seg(host, panel, phantom_case, tmp_path) -> None:
+    """Loaded from DICOM files as Slicer does; the file refers to them, and each segment lies where the scene has it."""
+    import highdicom
+    import pydicom
+
+    from LCTfoundLib.anatomy.structures import STRUCTURES
+    from Testing.engine.dicom_series import write_series
+
+    files = sorted(write_series(phantom_case.ct, tmp_path / "series", np.random.default_rng()).iterdir())
+    volume = host.load_dicom_folder(tmp_path / "series")[0]
+    segmentation = panel.logic.process(volume, quality="fast", device="cpu")
+    folder = panel.logic.exportModels(segmentation, tmp_path / "out", ["dicom-seg"])
+    written = highdicom.seg.segread(next(folder.glob("*.dcm")))
+    source = pydicom.dcmread(files[0], stop_before_pixels=True)
+    assert written.StudyInstanceUID == source.StudyInstanceUID and written.PatientID == source.PatientID
+    assert "research" in written.SeriesDescription.lower()
+    segments, trees = _arrays(segmentation, volume)
+    numbers = {item.SegmentLabel: int(item.SegmentNumber) for item in written.SegmentSequence}
+    array = written.get_volume(combine_segments=False).array
+    for s in STRUCTURES:
+        count = int((segments == s.code).sum() if s.tree is None else (trees == s.tree).sum())
+        assert (s.name in numbers) == (count > 0)
+        if count:
+            assert (array[..., numbers[s.name] - 1] > 0).sum() == count
+
+
 def test_a_selection_is_exported_to_one_file_in_ras(finished, tmp_path) -> None:
     panel, segmentation, _ = finished
     panel.ui.exportPathLineEdit.currentPath = str(tmp_path / "chosen")
