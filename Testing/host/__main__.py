@@ -44,7 +44,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     panel.add_argument("--panel-screenshot", type=Path, help="save a picture of the panel alone as PNG and end")
     pictures = commands.add_parser("screenshots", help="pictures of each panel with a real result, for the documents")
     pictures.add_argument("folder", nargs="?", type=Path, default=_ROOT / "Resources" / "Screenshots")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.data is not None and not options.data.exists():
+        parser.error(f"{options.data} does not exist")
+    if options.module not in [path.stem for path in moduleFiles()]:
+        parser.error(f"no module {options.module}; there are {', '.join(path.stem for path in moduleFiles())}")
+    return options
 
 
 def moduleFiles() -> list[Path]:
@@ -79,7 +84,7 @@ def _load(host: Any, data: Path) -> None:
     import slicer
 
     if data.is_dir():
-        volume = host.load_dicom_folder(data)[0]
+        volume = max(host.load_dicom_folder(data), key=lambda node: node.GetImageData().GetNumberOfPoints())
     elif data.suffix.lower() in (".mrb", ".mrml"):
         slicer.util.loadScene(str(data))
         volume = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLScalarVolumeNode")

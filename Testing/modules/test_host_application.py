@@ -1003,6 +1003,22 @@ def test_many_changes_make_one_picture(host, window):
     assert len(drawn) <= 2
 
 
+def test_event_loop_draws_by_itself_and_ends_with_the_window(host, window):
+    import qt
+
+    volume = _box()
+    slicer.util.setSliceViewerLayers(background=volume, fit=True)
+    view = host.layoutManager.sliceWidget("Red").sliceView()
+    drawn = []
+    view.renderWindow().AddObserver("EndEvent", lambda *_: drawn.append(time.monotonic()))
+    waiting = qt.QTimer()
+    waiting.connect("timeout()", lambda: window.close() if drawn else None)
+    waiting.start(20)
+    assert host.run() == 0
+    waiting.stop()
+    assert drawn and host.layoutManager.slowestRender < 10
+
+
 def test_layout_changes_the_views_that_are_seen(host, window):
     manager = host.layoutManager
     layouts = slicer.vtkMRMLLayoutNode
@@ -1053,6 +1069,15 @@ def test_panel_is_pictured_without_a_window(host, demo, tmp_path):
     host.select_module("HostDemo")
     assert np.asarray(Image.open(host.grab_panel(tmp_path / "panel.png")).convert("RGB")).std() > 5
     assert slicer.util.mainWindow() is None
+
+
+@pytest.mark.parametrize("arguments", [["missing.nrrd"], ["--module", "Nothing"]])
+def test_host_names_what_is_wrong_with_its_arguments(arguments, capsys):
+    from host.__main__ import main
+
+    with pytest.raises(SystemExit):
+        main(["panel", *arguments])
+    assert arguments[-1] in capsys.readouterr().err
 
 
 def test_host_without_data_ends_with_a_picture(tmp_path):
