@@ -30,7 +30,10 @@ class Tube:
         return self.points.min(0) - reach, self.points.max(0) + reach
 
     def distance(self, grid: Grid, margin: float) -> np.ndarray:
-        """Signed distance (mm, negative inside) on a grid, exact within ``margin`` mm, a large value farther away."""
+        """Signed distance (mm, negative inside) on a grid within ``margin`` mm, a large value farther away.
+
+        Exact for a constant radius, first order in its taper.
+        """
         out = np.full(grid.shape, margin + 50, np.float32)
         _tube_distance(out, np.array(grid.origin), grid.spacing, self.points, self.radii, margin)
         return out
