@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import slicer
@@ -14,7 +14,7 @@ import vtk
 from slicer import vtkMRMLScalarVolumeNode, vtkMRMLSegmentationNode
 from slicer.i18n import tr as _
 from slicer.i18n import translate
-from slicer.parameterNodeWrapper import parameterNodeWrapper
+from slicer.parameterNodeWrapper import WithinRange, parameterNodeWrapper
 from slicer.ScriptedLoadableModule import (
     ScriptedLoadableModule,
     ScriptedLoadableModuleLogic,
@@ -63,7 +63,7 @@ class LCTfoundLungSegmentationParameterNode:
     colorBy: str = "segment"
     exportFolder: str = ""
     frame: str = "LPS"
-    triangles: int = 600_000
+    triangles: Annotated[int, WithinRange(10_000, 5_000_000)] = 600_000
     singleFile: bool = False
 
 
