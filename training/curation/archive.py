@@ -1,0 +1,293 @@
+"""Finding studies and their reports: DICOM files in any folders; reports as CSV, JSON, JSON lines or text."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import hashlib
+import io
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pydicom
+
+from training.curation.deidentify import header_facts
+from training.curation.errors import UnreadableReport
+from training.curation.ledger import FoundStudy
+
+__all__ = ["Reports", "decode", "find_studies", "read_reports", "report_columns", "report_text"]
+
+_TAGS = [
+    "SOPClassUID", "StudyInstanceUID", "AccessionNumber", "PatientID", "PatientSex", "PatientAge", "StudyDate",
+    "Modality", "BurnedInAnnotation", "RecognizableVisualFeatures", "ImagePositionPatient", "ImageType",
+]  # fmt: skip
+_IDS = ("studyinstanceuid", "study_instance_uid", "studyuid", "study", "accessionnumber", "accessionno", "accession",
+        "accession_number", "id")  # fmt: skip
+_TEXTS = ("report_text", "report", "text", "reporttext", "报告", "报告内容")
+_PARTS = ("findings", "impression", "影像所见", "影像诊断", "检查所见", "诊断意见")
+_REPORT_SUFFIXES = (".csv", ".json", ".jsonl", ".txt")
+
+
+@dataclass
+class _Group:
+    """What is known of one study while the tree is read."""
+
+    header: pydicom.Dataset | None = None
+    files: list[tuple[str, int]] = field(default_factory=list)
+    unreadable: int = 0
+    burned_in: int = 0
+
+
+def find_studies(archive: Path, reports: Reports | None = None, encoding: str | None = None) -> Iterator[FoundStudy]:
+    """All studies below ``archive``, each with the report that belongs to it.
+
+    Files are put together by their StudyInstanceUID, wherever they lie. A DICOM file with an unreadable header counts
+    to the study that most of its folder belongs to; a folder with none but such files is a study of its own, so that
+    nothing goes unseen. A text file in a study's own folder is its report unless ``reports`` has one.
+
+    Args:
+        archive: folder; links to folders are not followed.
+        reports: by StudyInstanceUID or accession number.
+        encoding: of text files that lie beside the images; default: see :func:`decode`.
+    """
+    groups: dict[str, _Group] = {}
+    texts: dict[str, list[Path]] = {}
+    for place, folders, names in os.walk(archive):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        _read_folder(Path(place), sorted(names), archive, groups, texts)
+    for key, group in sorted(groups.items()):
+        yield _with_report(_found(key, group), reports, texts.get(key, []), encoding)
+
+
+def _read_folder(
+    place: Path, names: list[str], archive: Path, groups: dict[str, _Group], texts: dict[str, list[Path]]
+) -> None:
+    broken: list[tuple[str, int]] = []
+    here: Counter[str] = Counter()
+    reports = []
+    for name in names:
+        path = place / name
+        if name.startswith(".") or name == "DICOMDIR":
+            continue
+        if path.suffix.lower() in _REPORT_SUFFIXES:
+            reports.append(path)
+            continue
+        header, is_dicom = _header(path)
+        entry = (path.relative_to(archive).as_posix(), _size(path))
+        if header is None:
+            broken += [entry] * is_dicom
+            continue
+        key = str(header.StudyInstanceUID)
+        here[key] += 1
+        group = groups.setdefault(key, _Group())
+        group.files.append(entry)
+        group.header = group.header or header
+        group.burned_in += _is_burned_in(header)
+    if broken:
+        owner = here.most_common(1)[0][0] if here else f"folder:{place.relative_to(archive).as_posix()}"
+        group = groups.setdefault(owner, _Group())
+        group.files += broken
+        group.unreadable += len(broken)
+        here[owner] += len(broken)
+    if len(here) == 1:
+        texts.setdefault(next(iter(here)), []).extend(path for path in reports if path.suffix.lower() == ".txt")
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _header(path: Path) -> tuple[pydicom.Dataset | None, bool]:
+    """The header if it names its study; and whether the file is (or was) DICOM."""
+    try:
+        with path.open("rb") as file:
+            marked = file.read(132)[128:] == b"DICM"
+    except OSError:
+        return None, path.suffix.lower() in (".dcm", ".ima")
+    likely = marked or path.suffix.lower() in (".dcm", ".ima")
+    # Old files have no mark; their names end in a number, or in nothing.
+    may_be = likely or not path.suffix or path.suffix[1:].isdecimal()
+    if not may_be:
+        return None, False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            header = pydicom.dcmread(path, stop_before_pixels=True, force=not marked, specific_tags=list(_TAGS))
+            usable = bool(str(header.get("StudyInstanceUID", "") or "").strip())
+    except Exception:  # pydicom raises whatever a broken value makes it raise
+        return None, likely
+    return (header, True) if usable else (None, likely)
+
+
+def _value(header: pydicom.Dataset, keyword: str) -> Any:
+    try:
+        return header.get(keyword)
+    except Exception:
+        return None
+
+
+def _is_burned_in(header: pydicom.Dataset) -> bool:
+    """Whether an image with a place in space (a slice, no dose sheet) is said to show writing or a face."""
+    flags = (str(_value(header, key) or "").upper() for key in ("BurnedInAnnotation", "RecognizableVisualFeatures"))
+    return "YES" in flags and _value(header, "ImagePositionPatient") is not None
+
+
+def _found(key: str, group: _Group) -> FoundStudy:
+    header = group.header if group.header is not None else pydicom.Dataset()
+    digest = hashlib.sha256("\n".join(f"{name}\t{size}" for name, size in group.files).encode(errors="surrogateescape"))
+    facts = header_facts(header) | {"unreadable": group.unreadable, "burned_in": group.burned_in}
+    files = tuple(name for name, _ in group.files)
+    accession, patient = (str(_value(header, tag) or "") for tag in ("AccessionNumber", "PatientID"))
+    return FoundStudy(key, accession, patient or key, files, digest.hexdigest(), facts)
+
+
+def _with_report(study: FoundStudy, reports: Reports | None, texts: list[Path], encoding: str | None) -> FoundStudy:
+    if reports is not None:
+        for name in (study.key, study.accession):
+            if name and name in reports.texts:
+                return replace(study, report=reports.texts[name])
+            if name and name in reports.problems:
+                return replace(study, report_problem=reports.problems[name])
+    if not texts:
+        return study
+    if len(texts) > 1:
+        return replace(study, report_problem="there are several text files with its images; leave the report alone")
+    try:
+        return replace(study, report=decode(texts[0].read_bytes(), texts[0].name, encoding).strip() or None)
+    except UnreadableReport as error:
+        return replace(study, report_problem=str(error))
+    except OSError as error:
+        return replace(study, report_problem=f"{texts[0].name} cannot be read ({error.strerror}); run again")
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Reports by StudyInstanceUID or accession number, and what is wrong with those that cannot be read."""
+
+    texts: dict[str, str]
+    problems: dict[str, str] = field(default_factory=dict)
+
+
+def read_reports(path: Path, encoding: str | None = None) -> Reports:
+    """Reports from a CSV, a JSON file (list of objects, or id -> text), JSON lines, or a folder of ``ID.txt`` files.
+
+    The columns are found by name: an id (``StudyInstanceUID``, ``AccessionNumber``, ``AccessionNo``, ``id``, ...) and
+    ``report``, ``report_text``, ``text``, or ``findings`` with ``impression`` (English or Chinese).
+
+    Raises:
+        UnreadableReport: missing, in an unknown encoding or layout. In a folder only the file's own study is affected.
+    """
+    try:
+        if path.is_dir():
+            return _read_text_folder(path, encoding)
+        text = decode(path.read_bytes(), path.name, encoding)
+    except OSError as error:
+        raise UnreadableReport(f"{path} cannot be read ({error.strerror}); name the file of the reports.") from error
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        rows: Any = list(csv.DictReader(io.StringIO(text, newline="")))
+    elif suffix in (".json", ".jsonl"):
+        rows = _read_json(text, path.name, lines=suffix == ".jsonl")
+    else:
+        raise UnreadableReport(f"{path.name} is no CSV, JSON or JSON lines file; export the reports as one of them.")
+    return Reports(_by_id(rows, path.name))
+
+
+def _read_text_folder(folder: Path, encoding: str | None) -> Reports:
+    texts, problems = {}, {}
+    for path in sorted(folder.glob("*.txt")):
+        try:
+            texts[path.stem] = decode(path.read_bytes(), path.name, encoding)
+        except UnreadableReport as error:
+            problems[path.stem] = str(error)
+    return Reports(texts, problems)
+
+
+def _read_json(text: str, name: str, lines: bool) -> Any:
+    try:
+        return [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+    except ValueError as error:
+        raise UnreadableReport(f"{name} is no valid JSON ({error}); export the reports again.") from error
+
+
+def report_columns(names: Iterable[str], file: str) -> tuple[str, list[str]]:
+    """The column of the ids, and the one or two of the reports.
+
+    Raises:
+        UnreadableReport: there are none.
+    """
+    columns = {str(column).strip().lower(): column for column in names}
+    key = next((columns[wanted] for wanted in _IDS if wanted in columns), None)
+    parts = [columns[wanted] for wanted in _TEXTS if wanted in columns][:1]
+    parts = parts or [columns[wanted] for wanted in _PARTS if wanted in columns]
+    if key is None or not parts:
+        raise UnreadableReport(
+            f"{file} has the columns {', '.join(map(str, columns)) or 'none'}; it needs an id (StudyInstanceUID or "
+            "AccessionNumber) and a report (report, or findings and impression)."
+        )
+    return key, parts
+
+
+def report_text(row: Mapping[str, Any], parts: Iterable[str]) -> str:
+    """The report that stands in these columns."""
+    return "\n".join(str(row.get(part) or "").strip() for part in parts).strip()
+
+
+def _by_id(rows: Any, name: str) -> dict[str, str]:
+    if isinstance(rows, dict):
+        rows = [{"id": key, "text": value} for key, value in rows.items()]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UnreadableReport(f"{name} holds no list of reports; give objects with an id and a report each.")
+    if not rows:
+        raise UnreadableReport(f"{name} holds no report; export the reports again.")
+    key, parts = report_columns(rows[0], name)
+    result: dict[str, str] = {}
+    for row in rows:
+        text = report_text(row, parts)
+        number = str(row.get(key) or "").strip()
+        if number and text:  # a report with an addendum stands in two rows
+            result[number] = f"{result[number]}\n{text}" if number in result and result[number] != text else text
+    return result
+
+
+def decode(data: bytes, name: str, encoding: str | None = None) -> str:
+    """Text in UTF-8 or UTF-16 (with its mark), or mainly Chinese text in GB 18030; anything else is not guessed at.
+
+    Raises:
+        UnreadableReport: with the way out.
+    """
+    try:
+        if encoding is not None:
+            return data.decode(encoding)
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return data.decode("utf-16")
+        if b"\0" not in data:
+            return data.decode("utf-8-sig")
+    except (LookupError, UnicodeDecodeError) as error:
+        if encoding is not None:
+            raise UnreadableReport(f"{name} is not in the encoding {encoding}; give another --encoding.") from error
+    text = _chinese(data)
+    if text is None:
+        raise UnreadableReport(f"{name} is in an unknown encoding; save it as UTF-8, or name its --encoding.")
+    return text
+
+
+def _chinese(data: bytes) -> str | None:
+    """GB 18030 decodes nearly any bytes, so what comes out must look like Chinese: mostly everyday characters."""
+    try:
+        text = data.decode("gb18030")
+        "".join(letter for letter in text if ord(letter) > 127).encode("gbk")
+    except UnicodeError:
+        return None
+    chinese = sum("\u4e00" <= letter <= "\u9fff" for letter in text)
+    latin = sum(letter.isascii() and letter.isalpha() for letter in text)
+    return text if chinese > latin and "\0" not in text else None
