@@ -1,6 +1,6 @@
 """The shell's door to curation.
 
-python -m training.curation run ARCHIVE OUT [--reports FILE] [--classifier MODEL] [--workers N]
+python -m training.curation run ARCHIVE OUT [--reports FILE] [--classifier MODEL] [--workers N | --dask ADDRESS]
 python -m training.curation status OUT
 python -m training.curation counts OUT
 python -m training.curation review OUT [--accept KEY] [--reject KEY]
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from LCTfoundLib.errors import LCTfoundError
 from training.curation.archive import decode, find_studies, read_reports, report_columns, report_text
+from training.curation.cluster import connect, run_on_cluster
 from training.curation.deidentify import DatePolicy, site_key
 from training.curation.errors import UnreadableReport
 from training.curation.ledger import Gate, Ledger
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--classifier", type=Path, help="report classifier made by 'learn'; default: rules")
     run.add_argument("--confidence", type=float, default=0.9)
     run.add_argument("--workers", type=int, default=1)
+    run.add_argument("--dask", metavar="ADDRESS", help="of a Dask scheduler whose workers see ARCHIVE and OUT/shards")
     run.add_argument("--studies-per-shard", type=int, default=16)
     run.add_argument("--lease", type=float, default=LEASE_S, help="seconds until a silent worker is taken for dead")
     run.add_argument("--dates", type=DatePolicy, choices=list(DatePolicy), default=DatePolicy.DROP)
@@ -98,7 +100,10 @@ def _run(options: argparse.Namespace) -> None:
         new, changed = ledger.add(find_studies(options.archive, reports, options.encoding))
         print(f"{new} new studies, {changed} changed", flush=True)
         print(f"{classify_reports(ledger, classifier, options.confidence)} reports classified", flush=True)
-    run_workers(path, settings, options.workers, options.studies_per_shard, options.lease)
+    if options.dask:
+        run_on_cluster(path, settings, connect(options.dask), options.studies_per_shard, options.lease)
+    else:
+        run_workers(path, settings, options.workers, options.studies_per_shard, options.lease)
     _status(options)
     print(f"{time.monotonic() - start:.0f} s")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from LCTfoundLib.errors import LCTfoundError
 
-__all__ = ["LeaseLost", "LedgerError", "MissingPackage", "UnreadableReport", "UnsuitableAnnotation"]
+__all__ = ["LeaseLost", "LedgerError", "MissingPackage", "NoCluster", "UnreadableReport", "UnsuitableAnnotation"]
 
 
 class LedgerError(LCTfoundError):
@@ -21,6 +21,10 @@ class UnreadableReport(LCTfoundError):
 
 class UnsuitableAnnotation(LCTfoundError):
     """Annotated reports that a classifier cannot learn from."""
+
+
+class NoCluster(LCTfoundError):
+    """The cluster's scheduler does not answer."""
 
 
 class MissingPackage(LCTfoundError):

@@ -71,8 +71,8 @@ FINDINGS: Mapping[str, str] = {
     "tracheal mass": r"(?:mass|tumou?r|lesion|nodule|polyp)\w*[^.;,]{0,25}trache\w+|"
     r"trache\w+[^.;,]{0,25}(?:mass|tumou?r|lesion|polyp)\w*|endotracheal (?:mass|lesion|tumou?r)|"
     r"(?<!支)气管[^。；，,]{0,6}(?:肿物|肿块|占位|肿瘤)",
-    "mediastinal mass": r"mediastin\w+[^.;,]{0,25}(?:mass|tumou?r|space-occupying|thymoma)\w*|(?:mass|tumou?r|"
-    r"lesion)\w*[^.;,]{0,25}mediastin\w+|thymoma|纵隔[^。；，,]{0,6}(?:肿物|肿块|占位|肿瘤)|胸腺瘤",
+    "mediastinal mass": r"mediastin\w+[^.;,]{0,40}(?:mass|tumou?r|space-occupying|thymoma)\w*|(?:mass|tumou?r|"
+    r"lesion)\w*[^.;,]{0,40}mediastin\w+|thymoma|纵隔[^。；，,]{0,6}(?:肿物|肿块|占位|肿瘤)|胸腺瘤",
     "rib fracture": r"ribs?\b[^.;]{0,40}fractur\w+|fractur\w+[^.;]{0,40}\bribs?\b|肋骨?[^。；，,]{0,10}骨折|"
     r"肋[^。；，,]{0,6}骨皮质(?:中断|不连续)",
     # Other things that reports are about, and that heads for other label sets need.

@@ -174,7 +174,7 @@ class LearnedClassifier:
                 relations = RelationModel(file["relations"])
             if about["format"] != _FORMAT or about["findings"] != list(FINDINGS):
                 raise ValueError("another version")
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise UnsuitableAnnotation(
                 f"{path} is no report classifier of this version ({error}); learn it again with 'learn'."
             ) from error
