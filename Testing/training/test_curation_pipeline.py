@@ -155,6 +155,24 @@ class TestFromArchiveToShards:
             assert ledger.states()[State.EXCLUDED] == 1
             assert list((tmp_path / "out/shards").iterdir()) == []
 
+    def test_a_study_that_was_not_whole_is_tried_again_when_it_is(self, chest, tmp_path):
+        write_study(tmp_path / "archive/a", chest, "Emphysema.")
+        for k in (5, 6, 7):
+            (tmp_path / f"archive/a/IM{k:04d}.dcm").rename(tmp_path / f"IM{k:04d}.dcm")
+        with curate(tmp_path / "archive", tmp_path / "out") as ledger:
+            assert ledger.states()[State.EXCLUDED] == 1
+        for k in (5, 6, 7):
+            (tmp_path / f"IM{k:04d}.dcm").rename(tmp_path / f"archive/a/IM{k:04d}.dcm")
+        with curate(tmp_path / "archive", tmp_path / "out") as ledger:
+            assert ledger.states()[State.PACKED] == 1
+
+    def test_several_processes_find_the_same(self, chest, tmp_path):
+        for n in range(3):
+            write_study(tmp_path / f"archive/{n}/x", chest.crop((0, 0, 0), (2, 64, 88)), f"Report {n}.")
+        found = list(find_studies(tmp_path / "archive"))
+        assert list(find_studies(tmp_path / "archive", processes=2)) == found
+        assert [study.report for study in sorted(found, key=lambda s: s.files)] == [f"Report {n}." for n in range(3)]
+
     def test_a_file_that_vanished_is_tried_again_and_then_told(self, chest, tmp_path):
         write_study(tmp_path / "archive/a", chest, "Emphysema.")
         path, _, _ = site_folders(tmp_path / "out")

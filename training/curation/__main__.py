@@ -97,7 +97,7 @@ def _run(options: argparse.Namespace) -> None:
     settings = Settings(options.archive, shards, site_key(key), options.dates)
     start = time.monotonic()
     with Ledger(path) as ledger:
-        new, changed = ledger.add(find_studies(options.archive, reports, options.encoding))
+        new, changed = ledger.add(find_studies(options.archive, reports, options.encoding, options.workers))
         print(f"{new} new studies, {changed} changed", flush=True)
         print(f"{classify_reports(ledger, classifier, options.confidence)} reports classified", flush=True)
     if options.dask:

@@ -7,11 +7,12 @@ import csv
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,23 @@ _REPORT_SUFFIXES = (".csv", ".json", ".jsonl", ".txt")
 
 
 @dataclass
-class _Group:
-    """What is known of one study while the tree is read."""
+class _Part:
+    """What one folder holds of one study. Names stand in one string: an archive has 10^8 files."""
 
-    header: pydicom.Dataset | None = None
-    files: list[tuple[str, int]] = field(default_factory=list)
+    folder: str
+    names: list[str] = field(default_factory=list)
+    lines: str = ""  # name and size of each file
+    accession: str = ""
+    patient: str = ""
+    facts: dict[str, Any] | None = None  # None until a header was read
     unreadable: int = 0
     burned_in: int = 0
+    reports: list[Path] = field(default_factory=list)
 
 
-def find_studies(archive: Path, reports: Reports | None = None, encoding: str | None = None) -> Iterator[FoundStudy]:
+def find_studies(
+    archive: Path, reports: Reports | None = None, encoding: str | None = None, processes: int = 1
+) -> Iterator[FoundStudy]:
     """All studies below ``archive``, each with the report that belongs to it.
 
     Files are put together by their StudyInstanceUID, wherever they lie. A DICOM file with an unreadable header counts
@@ -55,48 +63,73 @@ def find_studies(archive: Path, reports: Reports | None = None, encoding: str | 
         archive: folder; links to folders are not followed.
         reports: by StudyInstanceUID or accession number.
         encoding: of text files that lie beside the images; default: see :func:`decode`.
+        processes: that read headers.
     """
-    groups: dict[str, _Group] = {}
-    texts: dict[str, list[Path]] = {}
+    groups: dict[str, list[_Part]] = {}
+    read = partial(_read_folder, archive)
+    if processes > 1:
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            for found in pool.imap(read, _folders(archive), chunksize=4):
+                _merge(groups, found)
+    else:
+        for found in map(read, _folders(archive)):
+            _merge(groups, found)
+    for key in sorted(groups):
+        parts = groups.pop(key)
+        texts = [path for part in parts for path in part.reports]
+        yield _with_report(_found(key, parts), reports, texts, encoding)
+
+
+def _merge(groups: dict[str, list[_Part]], found: dict[str, _Part]) -> None:
+    for key, part in found.items():
+        groups.setdefault(key, []).append(part)
+
+
+def _folders(archive: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each folder with files, and their names."""
     for place, folders, names in os.walk(archive):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        _read_folder(Path(place), sorted(names), archive, groups, texts)
-    for key, group in sorted(groups.items()):
-        yield _with_report(_found(key, group), reports, texts.get(key, []), encoding)
+        names = sorted(name for name in names if not name.startswith(".") and name != "DICOMDIR")
+        if names:
+            yield place, names
 
 
-def _read_folder(
-    place: Path, names: list[str], archive: Path, groups: dict[str, _Group], texts: dict[str, list[Path]]
-) -> None:
-    broken: list[tuple[str, int]] = []
-    here: Counter[str] = Counter()
-    reports = []
-    for name in names:
+def _read_folder(archive: Path, folder: tuple[str, list[str]]) -> dict[str, _Part]:
+    """By study, what a folder holds."""
+    place = Path(folder[0])
+    inside = place.relative_to(archive).as_posix()
+    found: dict[str, _Part] = {}
+    broken: list[str] = []
+    texts: list[Path] = []
+    for name in folder[1]:
         path = place / name
-        if name.startswith(".") or name == "DICOMDIR":
-            continue
         if path.suffix.lower() in _REPORT_SUFFIXES:
-            reports.append(path)
+            texts += [path] * (path.suffix.lower() == ".txt")
             continue
         header, is_dicom = _header(path)
-        entry = (path.relative_to(archive).as_posix(), _size(path))
-        if header is None:
-            broken += [entry] * is_dicom
-            continue
-        key = str(header.StudyInstanceUID)
-        here[key] += 1
-        group = groups.setdefault(key, _Group())
-        group.files.append(entry)
-        group.header = group.header or header
-        group.burned_in += _is_burned_in(header)
+        if header is not None:
+            _take(found.setdefault(str(header.StudyInstanceUID), _Part(inside)), name, header)
+        elif is_dicom:
+            broken.append(name)
     if broken:
-        owner = here.most_common(1)[0][0] if here else f"folder:{place.relative_to(archive).as_posix()}"
-        group = groups.setdefault(owner, _Group())
-        group.files += broken
-        group.unreadable += len(broken)
-        here[owner] += len(broken)
-    if len(here) == 1:
-        texts.setdefault(next(iter(here)), []).extend(path for path in reports if path.suffix.lower() == ".txt")
+        owner = max(found, key=lambda key: len(found[key].names), default=f"folder:{inside}")
+        part = found.setdefault(owner, _Part(inside))
+        part.names += broken
+        part.unreadable = len(broken)
+    if len(found) == 1:
+        next(iter(found.values())).reports = texts
+    for part in found.values():
+        part.lines = "\n".join(f"{name}\t{_size(place / name)}" for name in part.names)
+        part.names = []
+    return found
+
+
+def _take(part: _Part, name: str, header: pydicom.Dataset) -> None:
+    part.names.append(name)
+    part.burned_in += _is_burned_in(header)
+    if part.facts is None:
+        part.facts = header_facts(header)
+        part.accession, part.patient = (str(_value(header, tag) or "") for tag in ("AccessionNumber", "PatientID"))
 
 
 def _size(path: Path) -> int:
@@ -141,13 +174,16 @@ def _is_burned_in(header: pydicom.Dataset) -> bool:
     return "YES" in flags and _value(header, "ImagePositionPatient") is not None
 
 
-def _found(key: str, group: _Group) -> FoundStudy:
-    header = group.header if group.header is not None else pydicom.Dataset()
-    digest = hashlib.sha256("\n".join(f"{name}\t{size}" for name, size in group.files).encode(errors="surrogateescape"))
-    facts = header_facts(header) | {"unreadable": group.unreadable, "burned_in": group.burned_in}
-    files = tuple(name for name, _ in group.files)
-    accession, patient = (str(_value(header, tag) or "") for tag in ("AccessionNumber", "PatientID"))
-    return FoundStudy(key, accession, patient or key, files, digest.hexdigest(), facts)
+def _found(key: str, parts: list[_Part]) -> FoundStudy:
+    entries = [
+        (part.folder, *line.rsplit("\t", 1)) for part in parts for line in part.lines.split("\n")
+    ]  # folder, name, size
+    files = tuple(name if folder == "." else f"{folder}/{name}" for folder, name, _ in entries)
+    sizes = "\n".join(f"{file}\t{size}" for file, (_, _, size) in zip(files, entries, strict=True))
+    digest = hashlib.sha256(sizes.encode(errors="surrogateescape")).hexdigest()
+    read = next((part for part in parts if part.facts is not None), parts[0])
+    counts = {"unreadable": sum(p.unreadable for p in parts), "burned_in": sum(p.burned_in for p in parts)}
+    return FoundStudy(key, read.accession, read.patient or key, files, digest, (read.facts or {}) | counts)
 
 
 def _with_report(study: FoundStudy, reports: Reports | None, texts: list[Path], encoding: str | None) -> FoundStudy:

