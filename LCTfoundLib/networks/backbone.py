@@ -319,9 +319,26 @@ def _arguments_of(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {key: tuple(v) if isinstance(v, list) else v for key, v in named.items() if key in known}
 
 
+#: Options with which the network would need inputs that a backbone is not given, or compute them in another way.
+_FOREIGN_OPTIONS = ("addition_embed_type", "center_input_sample", "class_embed_type", "time_embedding_act_fn")
+
+
+def _check_kind(arguments: Mapping[str, Any], where: str) -> None:
+    """Refuse other diffusion models, which would load and fail later."""
+    needed = {"in_channels": CHANNELS, "encoder_hid_dim": EMBEDDING_SIZE, "encoder_hid_dim_type": "text_proj"}
+    differs = sorted(key for key, value in needed.items() if arguments.get(key) != value)
+    differs += [key for key in _FOREIGN_OPTIONS if arguments.get(key)]
+    if differs:
+        raise WeightError(
+            f"{where} is of another diffusion model ({', '.join(f'{k}: {arguments.get(k)}' for k in differs)}); "
+            "give a backbone of LCTfound."
+        )
+
+
 def _on_meta(config: Mapping[str, Any], where: str) -> UNet2DConditionModel:
     """The network of a configuration, without memory."""
     arguments = _arguments_of(config, where)
+    _check_kind(arguments, where)
     try:
         return build_backbone(arguments, "meta")
     except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError, RuntimeError, NotImplementedError) as error:

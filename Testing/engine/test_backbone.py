@@ -225,6 +225,19 @@ class TestDamage:
         self.change(official, _class_name="AutoencoderKL")
         self.check(official, "AutoencoderKL.*UNet2DConditionModel")
 
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"in_channels": 4},
+            {"encoder_hid_dim": 1024},
+            {"encoder_hid_dim": None, "encoder_hid_dim_type": None},
+            {"class_embed_type": "timestep"},
+        ],
+    )
+    def test_another_diffusion_model(self, official, changes):
+        self.change(official, **changes)
+        self.check(official, f"another diffusion model .*{next(iter(changes))}.*give a backbone")
+
     def test_an_option_of_a_later_version(self, official):
         self.change(official, rotary=True)
         self.check(official, "rotary.*update diffusers")
@@ -237,7 +250,7 @@ class TestDamage:
             {"block_out_channels": "wide"},
             {"norm_num_groups": 7},
             {"norm_num_groups": 0},
-            {"in_channels": -1},
+            {"out_channels": -1},
         ],
     )
     def test_a_configuration_of_no_network(self, official, changes):
