@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import qt
 import slicer
 import vtk
 from slicer import vtkMRMLScalarVolumeNode, vtkMRMLSegmentationNode
@@ -398,6 +399,15 @@ class LCTfoundLungSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservatio
 
     def enter(self) -> None:
         self.initializeParameterNode()
+        qt.QTimer.singleShot(0, self._warmUp)
+
+    def _warmUp(self) -> None:
+        """Load libraries and networks while the user still chooses, if all is set up."""
+        from LCTfoundSlicer.run import sharedRunner
+        from LCTfoundSlicer.slicer_doors import slicerSetup
+
+        if not slicerSetup().state().needsInstall:
+            sharedRunner().warmUp()
 
     def exit(self) -> None:
         self._stopPicking()
