@@ -236,6 +236,24 @@ class TestShell:
         assert "1.2.3\treview\tburned-in" in capsys.readouterr().out
         assert main(["review", out, "--reject", "1.2.3"]) == 0 and capsys.readouterr().out == ""
 
+    def test_a_round_of_annotation_at_a_site(self, simple_chest, tmp_path, rng, capsys):
+        pytest.importorskip("sklearn", reason="scikit-learn is not installed (the extra 'training')")
+        from training.curation.synthetic import write_study
+
+        chest = simple_chest.crop((22, 0, 0), (38, 64, 88))
+        write_study(tmp_path / "a/1", chest, "Possible emphysema in the lung?", StudyInstanceUID="1.2.3")
+        out, asked = str(tmp_path / "out"), tmp_path / "asked.csv"
+        assert main(["run", str(tmp_path / "a"), out]) == 0
+        assert main(["ask", out, str(asked)]) == 0
+        key, report = asked.read_text(encoding="utf-8-sig").splitlines()[1].split(",")[:2]
+        assert (key, report) == ("1.2.3", "Possible emphysema in the lung?")
+        lines = ["id,report,emphysema", *(f"{n},Possible emphysema in the lung?,1" for n in range(60))]
+        lines += [f"n{n},Heart normal.,0" for n in range(60)]
+        (tmp_path / "annotated.csv").write_text("\n".join(lines))
+        assert main(["learn", str(tmp_path / "annotated.csv"), str(tmp_path / "model.npz")]) == 0
+        assert main(["run", str(tmp_path / "a"), out, "--classifier", str(tmp_path / "model.npz"), "--again"]) == 0
+        assert "packed            1" in capsys.readouterr().out
+
     def test_mistakes_are_told_without_a_traceback(self, tmp_path, capsys):
         assert main(["status", str(tmp_path)]) == 2
         assert "no ledger" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from LCTfoundLib.errors import LCTfoundError
+from LCTfoundLib.runtime.files import atomic_path
 from training.curation.archive import decode, find_studies, read_reports, report_columns, report_text
 from training.curation.cluster import connect, run_on_cluster
 from training.curation.deidentify import DatePolicy, site_key
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--reports", type=Path, help="CSV, JSON, JSON lines or folder; default: text beside the images")
     run.add_argument("--encoding", help="of the reports; default: UTF-8, UTF-16 or GB 18030, as recognized")
     run.add_argument("--classifier", type=Path, help="report classifier made by 'learn'; default: rules")
+    run.add_argument("--again", action="store_true", help="classify the reports anew that it was not sure of")
     run.add_argument("--confidence", type=float, default=0.9)
     run.add_argument("--workers", type=int, default=1)
     run.add_argument("--dask", metavar="ADDRESS", help="of a Dask scheduler whose workers see ARCHIVE and OUT/shards")
@@ -80,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
         if name == "review":
             sub.add_argument("--accept", action="append", default=[], metavar="KEY", help="take it and waive the gate")
             sub.add_argument("--reject", action="append", default=[], metavar="KEY", help="leave it out for good")
+    ask = commands.add_parser("ask", help="write the reports to annotate next: a CSV with a column for each label")
+    ask.set_defaults(command=_ask)
+    ask.add_argument("out", type=Path)
+    ask.add_argument("csv", type=Path)
+    ask.add_argument("--count", type=int, default=2000)
     learn = commands.add_parser("learn", help="learn a report classifier")
     learn.set_defaults(command=_learn)
     learn.add_argument("annotated", type=Path, help="CSV: an id, the report, and a column of 0 and 1 for each label")
@@ -99,6 +106,8 @@ def _run(options: argparse.Namespace) -> None:
     with Ledger(path) as ledger:
         new, changed = ledger.add(find_studies(options.archive, reports, options.encoding, options.workers))
         print(f"{new} new studies, {changed} changed", flush=True)
+        if options.again:
+            print(f"{ledger.reopen_unsure()} reports to be classified again")
         print(f"{classify_reports(ledger, classifier, options.confidence)} reports classified", flush=True)
     if options.dask:
         run_on_cluster(path, settings, connect(options.dask), options.studies_per_shard, options.lease)
@@ -139,6 +148,16 @@ def _review(options: argparse.Namespace) -> None:
             ledger.decide(key, accept=False)
         for row in ledger.waiting():
             print(f"{row['key']}\t{row['state']}\t{row['reason']}\t{row['measures'] or ''}")
+
+
+def _ask(options: argparse.Namespace) -> None:
+    with _open(options) as ledger:
+        asked = ledger.least_sure(options.count)
+    with atomic_path(options.csv) as staging, staging.open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "report", *RuleClassifier.labels])
+        writer.writerows([key, report, *[""] * len(RuleClassifier.labels)] for key, report in asked)
+    print(f"{len(asked)} reports in {options.csv}; fill in 0 or 1, and keep the file in the hospital")
 
 
 def _learn(options: argparse.Namespace) -> None:

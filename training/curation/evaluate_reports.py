@@ -18,8 +18,8 @@ import numpy as np
 from LCTfoundLib.errors import LCTfoundError
 from training.curation.__main__ import read_annotated
 from training.curation.errors import MissingPackage, UnsuitableAnnotation
-from training.curation.reports.entities import FINDINGS
-from training.curation.reports.heads import LearnedClassifier, confidence
+from training.curation.reports.entities import DISEASES, FINDINGS
+from training.curation.reports.heads import LearnedClassifier, RuleClassifier, confidence
 from training.curation.reports.learning import annotation_rounds
 
 __all__ = ["FINDING_OF_LABEL", "Scores", "baseline", "findings_of", "main", "scores"]
@@ -140,6 +140,12 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     plain = scores(baseline(pool_texts, truth[pool], held_texts), truth[held])
     print(f"TF-IDF + logistic regression, {len(pool)} reports: {plain}", flush=True)
+    ruled = [name for name in names if findings.get(name) in DISEASES]
+    told = RuleClassifier()(held_texts)
+    table = np.array([[report.probabilities[findings[name]] for name in ruled] for report in told])
+    columns = [names.index(name) for name in ruled]
+    if ruled:
+        print(f"rules alone, {', '.join(ruled)}: {scores(table, truth[held][:, columns])}", flush=True)
     classifier = LearnedClassifier.learn(pool_texts, [labels[n] for n in pool], findings)
     ours = scores(classifier.probabilities(held_texts), truth[held])
     print(f"three modules, {len(pool)} reports: {ours}", flush=True)

@@ -291,6 +291,24 @@ class Ledger:
                 )
                 self._finish(db, outcome)
 
+    def reopen_unsure(self) -> int:
+        """Let the reports that the classifier was not sure of be classified again (by a better one); how many."""
+        with self._transaction() as db:
+            query = "SELECT id FROM studies WHERE state = 'excluded' AND passed = ?"
+            rows = db.execute(query, (Gate.REPORT,)).fetchall()
+            for row in rows:
+                self._move(db, row["id"], State.FOUND, "to be classified again")
+        return len(rows)
+
+    def least_sure(self, count: int) -> list[tuple[str, str]]:
+        """Key and report of the studies that the classifier is least sure of, to annotate next."""
+        rows = self._rows(
+            "SELECT key, report FROM studies WHERE report IS NOT NULL AND confidence IS NOT NULL "
+            "ORDER BY confidence, id LIMIT ?",
+            (count,),
+        )
+        return [(row["key"], row["report"]) for row in rows]
+
     # Working: by local workers, or by the coordinator for those on other machines.
 
     def claim(self, worker: str, count: int, lease: float) -> Claim | None:
