@@ -168,12 +168,13 @@ class TestLearned:
 
     @pytest.mark.skipif(not REPORTS.exists(), reason="the annotated chest CT reports are not here")
     @pytest.mark.real_data
+    @pytest.mark.slow
     def test_beats_words_alone_on_real_reports(self):
         from training.curation.evaluate_reports import baseline
 
         texts, labels = read_annotated(REPORTS)
         order = np.random.default_rng(1).permutation(len(texts))
-        learned, held = order[:200], order[650:]
+        learned, held = order[:120], order[680:]
         truth = np.array([list(report.values()) for report in labels])
         known, new = [texts[n] for n in learned], [texts[n] for n in held]
         classifier = LearnedClassifier.learn(known, [labels[n] for n in learned], findings_of(list(labels[0])), folds=2)

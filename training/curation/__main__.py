@@ -4,7 +4,11 @@ python -m training.curation run ARCHIVE OUT [--reports FILE] [--classifier MODEL
 python -m training.curation status OUT
 python -m training.curation counts OUT
 python -m training.curation review OUT [--accept KEY] [--reject KEY]
-python -m training.curation learn ANNOTATED MODEL
+python -m training.curation ask OUT TO_ANNOTATE.csv [--count 2000]
+python -m training.curation learn ANNOTATED.csv MODEL.npz
+
+The rounds of annotation: ``ask`` writes the reports the classifier is least sure of, a person fills in the labels,
+``learn`` learns from all annotated so far, and ``run --classifier MODEL.npz --again`` classifies the unsure ones anew.
 """
 
 from __future__ import annotations
