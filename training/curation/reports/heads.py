@@ -182,7 +182,7 @@ class LearnedClassifier:
         return cls(tuple(about["labels"]), relations, words, *arrays)
 
 
-#: Inverse strength of the ridge, chosen by cross-validation on training reports only.
+#: Inverse strength of the ridge; 1 and 3 differ by .001 in the cross-validated AUROC of real reports.
 _STRENGTH = 3.0
 #: How much the assertions weigh against the words (whose vectors have length 1).
 _ASSERTION_SCALE = 0.4
