@@ -551,8 +551,10 @@ class LCTfoundLungSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservatio
     def _segmented(self, node: Any) -> None:
         if node is None or self._parameterNode is None:
             return
-        self._parameterNode.outputSegmentation = node
-        self._showResult(node)
+        shown = self.tree.case is not None and self.tree.case.node is node
+        self._parameterNode.outputSegmentation = node  # shows it, unless it was chosen before
+        if shown:
+            self._showResult(node)
         self._recolor()
         seconds = self.tree.case.result.get("provenance", {}).get("seconds", {})
         self._say(_("Done in {time}.").format(time=_duration(sum(seconds.values()))))
