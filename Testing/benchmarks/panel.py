@@ -41,6 +41,15 @@ def patient(size: tuple[int, int, int]) -> Volume:
     return ct.resample(grid, pad=-1024)
 
 
+def small_patient() -> Volume:
+    """96 x 96 x 96 voxels of 1.5 mm around the right lung of a synthetic patient."""
+    from training.phantom.render import phantom
+
+    case = phantom(seed=20, spacing=1.5)
+    middle = np.argwhere(np.isin(case.segments.array, range(1, 11))).mean(axis=0).astype(int)
+    return case.ct.crop(middle - 48, middle + 48)
+
+
 def add_volume(ct: Volume, name: str):
     import slicer
     import vtk
@@ -125,8 +134,7 @@ def measure_leaks(panel, runs: int) -> None:
     import psutil
     import slicer
 
-    ct = patient((96, 96, 96))
-    volume = add_volume(ct, "Small")
+    volume = add_volume(small_patient(), "Small")
     me = psutil.Process()
     result = panel.logic.process(volume, quality="fast", device="cpu")
     values = []
