@@ -18,7 +18,7 @@ from vtk.util import numpy_support
 from LCTfoundLib.anatomy.graph import TreeGraph
 from LCTfoundLib.anatomy.structures import LOBE_OF_SEGMENT, Lobe, segment_by_code, segments_of_lobe
 from LCTfoundSlicer.lung_result import BranchChange, LungCase
-from LCTfoundSlicer.mrml import engineGeometry
+from LCTfoundSlicer.mrml import engineGeometry, matrixToArray
 
 __all__ = ["BranchPicker", "PickedBranch"]
 
@@ -150,8 +150,7 @@ def _worldFromEngine(case: LungCase) -> np.ndarray:
     """4x4 from the engine's LPS to RAS of the world."""
     matrix = vtk.vtkMatrix4x4()
     slicer.vtkMRMLTransformNode.GetMatrixTransformBetweenNodes(case.node.GetParentTransformNode(), None, matrix)
-    world = np.array([[matrix.GetElement(row, column) for column in range(4)] for row in range(4)])
-    return world @ engineGeometry(case.volumeNode).localFromEngine
+    return matrixToArray(matrix) @ engineGeometry(case.volumeNode).localFromEngine
 
 
 def _below(graph: TreeGraph, branch: int) -> np.ndarray:

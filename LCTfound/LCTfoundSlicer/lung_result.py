@@ -26,8 +26,10 @@ from LCTfoundSlicer.mrml import (
     EngineGeometry,
     InputSignature,
     labelLayer,
+    matrixToArray,
     placeUnderStudyOf,
     polyDataFromMesh,
+    segmentationGrid,
 )
 
 __all__ = [
@@ -395,17 +397,14 @@ def collectLabels(node: Any, volumeNode: Any, segments: np.ndarray, trees: np.nd
 
 def _onGridOf(volumeNode: Any, image: Any) -> Any:
     """A label map on the volume's voxels; itself where it lies on them already, as it does unless it was edited."""
-    matrix = vtk.vtkMatrix4x4()
-    image.GetImageToWorldMatrix(matrix)
-    wanted = vtk.vtkMatrix4x4()
-    volumeNode.GetIJKToRASMatrix(wanted)
-    different = max(abs(matrix.GetElement(r, c) - wanted.GetElement(r, c)) for r in range(4) for c in range(4))
-    if different < 1e-4:
-        return image
-    reference, resampled = slicer.vtkOrientedImageData(), slicer.vtkOrientedImageData()
     i, j, k = volumeNode.GetImageData().GetDimensions()
-    reference.SetExtent(0, i - 1, 0, j - 1, 0, k - 1)
-    reference.SetGeometryFromImageToWorldMatrix(wanted)
+    reference = segmentationGrid(volumeNode, (0, 0, 0), (k, j, i))
+    matrices = vtk.vtkMatrix4x4(), vtk.vtkMatrix4x4()
+    image.GetImageToWorldMatrix(matrices[0])
+    reference.GetImageToWorldMatrix(matrices[1])
+    if np.abs(matrixToArray(matrices[0]) - matrixToArray(matrices[1])).max() < 1e-4:
+        return image
+    resampled = slicer.vtkOrientedImageData()
     slicer.vtkOrientedImageDataResample.ResampleOrientedImageToReferenceOrientedImage(image, reference, resampled)
     return resampled
 

@@ -37,13 +37,7 @@ def narrow_config(**changes: Any) -> dict[str, Any]:
     return backbone_config(Preset.PAPER, **{**NARROW, **changes})
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Maps of a few pixels are computed faster by one thread than shared out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -24,13 +24,7 @@ from LCTfoundLib.networks.features import (
 ALL = (DEEP, 0, 1, 2, 3, 4)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Maps of a few pixels are computed faster by one thread than shared out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=["paper", "student"])

@@ -21,16 +21,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
-_LCTFOUND = Path(__file__).resolve().parents[2] / "LCTfound"
-if str(_LCTFOUND) not in sys.path:
-    sys.path.append(str(_LCTFOUND))
-
-from packaging.requirements import Requirement  # noqa: E402
-
-from LCTfoundSlicer import environment as environment_code  # noqa: E402
-from LCTfoundSlicer import setup as setup_code  # noqa: E402
-from LCTfoundSlicer.environment import (  # noqa: E402
+from LCTfoundSlicer import environment as environment_code
+from LCTfoundSlicer import setup as setup_code
+from LCTfoundSlicer.environment import (
     Gpu,
     ImportResult,
     ProbeReport,
@@ -40,8 +35,8 @@ from LCTfoundSlicer.environment import (  # noqa: E402
     loadRequirements,
     totalMemory,
 )
-from LCTfoundSlicer.probe import parseGpus  # noqa: E402
-from LCTfoundSlicer.setup import (  # noqa: E402
+from LCTfoundSlicer.probe import parseGpus
+from LCTfoundSlicer.setup import (
     Doors,
     PendingInstall,
     PipRequest,
@@ -52,8 +47,8 @@ from LCTfoundSlicer.setup import (  # noqa: E402
     removeFrom,
     requirementsFile,
 )
-from LCTfoundSlicer.setup_checks import BUNDLED, Light, PackageState, Topic, checkGpu, checkPath, torchLimit  # noqa: E402
-from LCTfoundSlicer.setup_errors import (  # noqa: E402
+from LCTfoundSlicer.setup_checks import BUNDLED, Light, PackageState, Topic, checkGpu, checkPath, torchLimit
+from LCTfoundSlicer.setup_errors import (
     ConsentDeclined,
     DiskTooSmall,
     FilesInUse,
@@ -68,7 +63,9 @@ from LCTfoundSlicer.setup_errors import (  # noqa: E402
     WheelsMissing,
     errorFromLog,
 )
-from LCTfoundSlicer.setup_plan import missingWheels  # noqa: E402
+from LCTfoundSlicer.setup_plan import missingWheels
+
+_LCTFOUND = Path(__file__).resolve().parents[2] / "LCTfound"
 
 _NUMPY = "__version__ = '{version}'\ndef arange(stop):\n    return [float(i) for i in range(int(stop))]\n"
 _TORCH = """

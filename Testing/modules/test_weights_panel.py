@@ -5,19 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
-_LCTFOUND = Path(__file__).resolve().parents[2] / "LCTfound"
-if str(_LCTFOUND) not in sys.path:
-    sys.path.append(str(_LCTFOUND))
-
-from LCTfoundLib.errors import WeightError  # noqa: E402
-from LCTfoundLib.weights import registry  # noqa: E402
-from LCTfoundSlicer import weights as weights_code  # noqa: E402
-from LCTfoundSlicer.weights import (  # noqa: E402
+from LCTfoundLib.errors import WeightError
+from LCTfoundLib.weights import registry
+from LCTfoundSlicer import weights as weights_code
+from LCTfoundSlicer.weights import (
     CheckResult,
     Origin,
     WeightImport,
@@ -27,6 +22,8 @@ from LCTfoundSlicer.weights import (  # noqa: E402
     licenseText,
     needsAcknowledgement,
 )
+
+_LCTFOUND = Path(__file__).resolve().parents[2] / "LCTfound"
 
 
 class MemorySettings(dict):
