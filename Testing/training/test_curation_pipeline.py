@@ -30,6 +30,10 @@ from training.curation.stages import Packed, ReportLabels, Settings, classify_re
 from training.curation.synthetic import write_study
 
 
+#: A forked child of a process with computing threads (torch, ITK) may wait for ever for a lock that one of them held.
+SPAWN = multiprocessing.get_context("spawn")
+
+
 @pytest.fixture
 def chest(simple_chest) -> Volume:
     """16 slices, small enough for many studies."""
@@ -292,9 +296,8 @@ class TestLedger:
 
     def test_two_processes_never_get_the_same_study(self, tmp_path):
         ledger_with(tmp_path / "l.sqlite", 60).close()
-        context = multiprocessing.get_context("fork")
-        queue = context.SimpleQueue()
-        workers = [context.Process(target=_claim_all, args=(tmp_path / "l.sqlite", queue)) for _ in range(4)]
+        queue = SPAWN.SimpleQueue()
+        workers = [SPAWN.Process(target=_claim_all, args=(tmp_path / "l.sqlite", queue)) for _ in range(4)]
         for worker in workers:
             worker.start()
         taken = [n for _ in workers for n in queue.get()]
@@ -369,11 +372,11 @@ def test_workers_killed_in_the_middle_lose_nothing_and_do_nothing_twice(chest, t
     with Ledger(path) as ledger:
         ledger.add(find_studies(tmp_path / "archive"))
         classify_reports(ledger, sure)
-    context = multiprocessing.get_context("fork")
     for _ in range(2):
-        victim = context.Process(target=local.work, args=(path, settings, 2, 0.5, _slow_pack))
+        victim = SPAWN.Process(target=local.work, args=(path, settings, 2, 0.5, _slow_pack), daemon=True)
         victim.start()
-        while not list((tmp_path / "out").glob(f"taken-{victim.pid}")):
+        while not (tmp_path / f"out/taken-{victim.pid}").exists():
+            assert victim.is_alive()
             time.sleep(0.01)
         time.sleep(float(rng.uniform(0, 0.5)))
         os.kill(victim.pid, signal.SIGKILL)
