@@ -12,7 +12,7 @@ import inspect
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,8 @@ __all__ = [
     "ARCHITECTURE",
     "EMBEDDING_SIZE",
     "CHANNELS",
+    "ENCODER_PREFIX",
+    "INPUT_KEY",
     "LoadedBackbone",
     "Preset",
     "backbone_config",
@@ -47,6 +49,11 @@ ARCHITECTURE = "UNet2DConditionModel"
 EMBEDDING_SIZE = 768
 #: Channels in and out: one slice three times (``paper``, ``lite``), or three neighboring slices (``student``).
 CHANNELS = 3
+
+#: In a weight of the registry: tensors of the condition encoder that was trained with the network, beside its own.
+ENCODER_PREFIX = "condition_encoder."
+#: In such a weight's card: what the network's channels are, beside the network's arguments.
+INPUT_KEY = "input"
 
 _UNET_FOLDER = "unet"
 _CONFIG_FILE = "config.json"
@@ -142,11 +149,13 @@ class LoadedBackbone:
         network: in evaluation mode, float32, on the CPU.
         config: what it was built from.
         card: of a weight from the registry; None for an official folder, which has none.
+        encoder_state: tensors of the condition encoder that came with it; empty for an official folder.
     """
 
     network: UNet2DConditionModel
     config: dict[str, Any]
     card: Card | None = None
+    encoder_state: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def backbone_config(preset: Preset | str, **changes: Any) -> dict[str, Any]:
@@ -204,9 +213,12 @@ def load_backbone(source: str | Path, folder: Path | str | None = None) -> Loade
     if card.architecture != ARCHITECTURE:
         raise WeightError(f"The weight '{source}' is a {card.architecture}, no backbone; give the name of a backbone.")
     where = f"The weight '{source}'"
-    network = _on_meta(card.architecture_parameters, where)
+    config = {key: value for key, value in card.architecture_parameters.items() if key != INPUT_KEY}
+    encoder = {key: state.pop(key) for key in list(state) if key.startswith(ENCODER_PREFIX)}
+    network = _on_meta(config, where)
     _compare(network, {key: tuple(tensor.shape) for key, tensor in state.items()}, where)
-    return LoadedBackbone(_filled(network, state), _arguments_of(card.architecture_parameters, where), card)
+    named = {key.removeprefix(ENCODER_PREFIX): tensor for key, tensor in encoder.items()}
+    return LoadedBackbone(_filled(network, state), _arguments_of(config, where), card, named)
 
 
 def load_official(folder: Path | str) -> LoadedBackbone:
