@@ -29,7 +29,6 @@ from training.curation.shards import ShardWriter, read_shard
 from training.curation.stages import Packed, ReportLabels, Settings, classify_reports, pack, site_folders
 from training.curation.synthetic import write_study
 
-
 #: A forked child of a process with computing threads (torch, ITK) may wait for ever for a lock that one of them held.
 SPAWN = multiprocessing.get_context("spawn")
 
