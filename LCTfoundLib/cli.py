@@ -1,4 +1,4 @@
-"""The shell: ``python -m LCTfoundLib segment-lungs IN OUT``, ``demo``, ``doctor``, ``weights``, ``worker``.
+"""The shell: ``python -m LCTfoundLib segment-lungs IN OUT``, ``generate OUT``, ``demo``, ``doctor``, ``weights``, ...
 
 Results go to standard output, one folder a line (with ``--jsonl`` one JSON object a line); progress, warnings and
 errors go to standard error. Exit codes: 0 done, 1 unexpected error or some cases of a batch failed, 2 something the
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import LCTfoundLib
 from LCTfoundLib.case import CaseOptions, CaseRecord, Engine, real_engine, run_case
@@ -26,6 +26,9 @@ from LCTfoundLib.errors import Cancelled, LCTfoundError
 from LCTfoundLib.export.options import TRIANGLES, Frame
 from LCTfoundLib.runtime.crash_log import write_crash_log
 from LCTfoundLib.runtime.progress import CancelToken, JsonLines, Progress, Report
+
+if TYPE_CHECKING:
+    from LCTfoundLib.tasks.generation import GenerationRequest
 
 __all__ = ["ExitCode", "main"]
 
@@ -171,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_segment_lungs(commands)
     _add_demo(commands)
+    _add_generate(commands)
     _add_doctor(commands)
     _add_weights(commands)
     _add_worker(commands)
@@ -210,6 +214,29 @@ def _add_demo(commands: Any) -> None:
     parser = _command(commands, "demo", _demo, "Segment the CT of a real patient (LIDC-IDRI-0001).")
     parser.add_argument("output", type=Path, nargs="?", metavar="OUT", help="default: output/demo")
     _add_case_options(parser)
+
+
+def _add_generate(commands: Any) -> None:
+    text = "Generate synthetic CT images, marked as such. Research use only."
+    parser = _command(commands, "generate", _generate, text)
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder for the images")
+    parser.add_argument("--window", default="lung", help="mediastinal, lung or WIDTH,LEVEL (default: %(default)s)")
+    parser.add_argument(
+        "--condition", action="append", default=[], metavar="TERM", help="disease to show; may be repeated"
+    )
+    parser.add_argument("--count", type=int, default=1, help="of images (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=256, help="pixels of a side (default: %(default)s)")
+    parser.add_argument("--sampler", default="dpm-solver++", help="ddim, dpm-solver++ or unipc (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="of the sampler (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=1.0, help="exaggerates the condition above 1 (default: off)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images")
+    parser.add_argument("--backbone", metavar="NAME_OR_FOLDER", help="weight, or folder of the official checkpoint")
+    parser.add_argument("--language-model", type=Path, metavar="FOLDER", help="BERT base model that encodes conditions")
+    parser.add_argument("--language", choices=["chinese", "english"], default="chinese", help="of the terms told to it")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default: the fastest)")
+    parser.add_argument("--precision", help="fp32, fp16 or bf16 (default: the fastest that is safe)")
+    parser.add_argument("--format", default="dicom", metavar="A,B,...", help="dicom, nrrd, png, npz (default: dicom)")
+    parser.add_argument("--overwrite", action="store_true", help="replace images generated earlier")
 
 
 def _add_doctor(commands: Any) -> None:
@@ -295,6 +322,45 @@ def _demo(arguments: argparse.Namespace, console: Console, engine: Engine | None
         console.text(f"{what:<28}{path}")
     _tell_result(output, record, console)
     return ExitCode.DONE
+
+
+def _generate(arguments: argparse.Namespace, console: Console, engine: Engine | None) -> int:
+    from LCTfoundLib.export.synthetic import SyntheticImages, check_target, formats_of, write_synthetic
+    from LCTfoundLib.tasks.generation import generate_images
+
+    formats, request = formats_of(_listed(arguments.format)), _generation_request(arguments)
+    check_target(arguments.output, arguments.overwrite)
+    generating, writing = console.progress().split({"Generating": 97, "Writing": 3})
+    result = generate_images(request, generating)
+    window = result.window
+    images = SyntheticImages(result.hu, window.width, window.level, result.absolute, result.provenance)
+    files = write_synthetic(images, arguments.output, formats, arguments.overwrite, writing)
+    console.note(f"{request.count} synthetic images in {result.provenance['seconds']:.0f} s; not of any patient.")
+    console.result(arguments.output, files=[file.name for file in files], provenance=result.provenance)
+    return ExitCode.DONE
+
+
+def _generation_request(arguments: argparse.Namespace) -> GenerationRequest:
+    from LCTfoundLib.networks.conditions import Language
+    from LCTfoundLib.networks.foundation import STUDENT_WEIGHT
+    from LCTfoundLib.tasks.generation import GenerationRequest, diseases_of, sampler_of, window_of
+
+    return GenerationRequest(
+        window=window_of(arguments.window),
+        diseases=diseases_of(arguments.condition),
+        count=arguments.count,
+        size=arguments.size,
+        sampler=sampler_of(arguments.sampler),
+        steps=arguments.steps,
+        guidance=arguments.guidance,
+        seed=arguments.seed,
+        backbone=arguments.backbone or STUDENT_WEIGHT,
+        weights_folder=arguments.weights_folder,
+        language_model=arguments.language_model,
+        language=Language(arguments.language),
+        device=arguments.device,
+        precision=arguments.precision,
+    )
 
 
 def _doctor(arguments: argparse.Namespace, console: Console, engine: Engine | None) -> int:
