@@ -51,7 +51,7 @@ from Testing.benchmarks.roofline import Kind, Operation, Peaks, limit, measure_p
 #: Share of the cores that others may use before a number is marked.
 BUSY = 0.1
 #: Passes that are timed at least, and at most; a pass of many seconds is timed once after its warm-up.
-REPEATS = (2, 9)
+REPEATS = (2, 7)
 LONG_PASS = 8.0
 #: Seconds that a task gets at least, once it was started.
 PATIENCE = 20.0
@@ -107,7 +107,7 @@ _CPU_MODES: dict[str, tuple[str, ...]] = {
 }
 #: A task's share of the time: by its preset and, for compilation, by what that takes beside the passes.
 _WEIGHT = {"student": 1.0, "lite": 1.2, "paper": 3.0}
-_COMPILING = 3.0
+_COMPILING = 4.0
 
 
 @dataclass(frozen=True)
@@ -157,10 +157,10 @@ def measure_network(task: Task, write: Callable[[dict[str, Any]], None]) -> None
     deadline = time.perf_counter() + task.seconds
     base = peak_memory(task.device)
     network, mode = prepared(task), MODES[task.mode]
-    per_slice = 0.0
+    per_slice = compiling = 0.0
     batches = sorted(task.batches)
     for number, batch in enumerate(batches):
-        expected = per_slice * batch * (1 + REPEATS[0])
+        expected = per_slice * batch * (1 + REPEATS[0]) + compiling
         if per_slice and time.perf_counter() + expected > deadline:
             write({"batch": batch, "state": "no time", "note": f"about {expected:.0f} s, more than its share"})
             continue
@@ -174,6 +174,7 @@ def measure_network(task: Task, write: Callable[[dict[str, Any]], None]) -> None
             write({"batch": batch, "state": state_of(error), "note": _one_line(error)})
             return
         per_slice = statistics.median(times) / batch
+        compiling = max(0.0, first - statistics.median(times)) if mode.compiled else 0.0
         write(
             {
                 "batch": batch,
@@ -350,10 +351,12 @@ def peak_memory(device: str) -> int:
     memory = psutil.Process().memory_info()
     if hasattr(memory, "peak_wset"):  # Windows
         return int(memory.peak_wset)
+    with suppress(OSError):  # Linux; there getrusage starts from the size of the process that started this one
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
 
 
 def state_of(error: BaseException) -> str:
@@ -595,8 +598,9 @@ def add(results: dict[str, Any], task: Task, folder: Path, share: float, left: f
     done = {record["batch"] for record in records}
     missing = [batch for batch in sorted(task.batches) if batch not in done]
     where += [known | {"batch": batch, "state": state, "note": note} for batch in missing]
-    seconds = [f"{record['seconds']:.3f}" for record in records if "seconds" in record]
-    tell(what, state, f"{', '.join(seconds)} s a slice {note} ({time.monotonic() - begun:.0f} s)")
+    numbers = [f"{record.get('seconds', record.get('clean')):.3f}" for record in records if "repeats" in record]
+    told = f"{', '.join(numbers)} s a slice {note}" if numbers else note
+    tell(what, state, f"{told} ({time.monotonic() - begun:.0f} s)")
 
 
 def unfit(task: Task) -> str:

@@ -194,6 +194,10 @@ def _machine_part(results: Results) -> list[str]:
             f"**Others used {results['load_before']:.0%} of the cores at the start: times are upper bounds.**",
             "",
         ]
+    numbers = [*measured(results), *(run for run in results["features"] if run["state"] == "measured")]
+    if busy := sum(run["others"] > BUSY for run in numbers):
+        told = f"{busy} of {len(numbers)} times were taken while others used more than {BUSY:.0%} of the cores"
+        lines += [f"**{told}: neither they nor what follows from them can be relied on.**", ""]
     if not peaks:
         return [*lines, "The machine's peaks could not be measured, so there are no limits below.", ""]
     by = peaks["reached_by"]
