@@ -129,11 +129,11 @@ class TestSamplers:
     @pytest.mark.parametrize("sampler", Sampler)
     def test_gaussian_data_keep_mean_and_deviation(self, sampler, rng):
         mean, deviation = rng.uniform(-0.3, 0.3), rng.uniform(0.08, 0.15)
-        noise = torch.from_numpy(rng.standard_normal((8, 3, 32, 32)).astype(np.float32))
+        noise = torch.from_numpy(rng.standard_normal((2, 3, 32, 32)).astype(np.float32))
         steps = 400 if sampler is Sampler.DDIM else 100
         images = denoise(gaussian(mean, deviation), noise, sampler, steps)
         assert float(images.mean()) == pytest.approx(mean, abs=4 * deviation / noise.numel() ** 0.5 + 0.003)
-        assert float(images.std()) == pytest.approx(deviation, rel=0.04)
+        assert float(images.std() / noise.std()) == pytest.approx(deviation, rel=0.04)
 
     @pytest.mark.parametrize(("sampler", "most"), [(Sampler.DPM_SOLVER, 0.025), (Sampler.UNIPC, 0.025)])
     def test_twenty_steps_of_second_order_keep_fine_detail(self, sampler, most, rng):
