@@ -251,7 +251,9 @@ def ready(network: torch.nn.Module, mode: Mode, given: Sequence[torch.Tensor]) -
         network = torch.compile(network, mode=mode.compiled, dynamic=False)
     if not mode.graphs:
         return lambda: network(*given, return_dict=False)[0]
-    with torch.cuda.stream(torch.cuda.Stream()):  # recording needs libraries that have chosen their kernels
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # recording needs libraries that have chosen their kernels
         for _ in range(3):
             network(*given, return_dict=False)
     torch.cuda.synchronize()
