@@ -86,7 +86,7 @@ class Trainer:
         self, max_seconds: float = math.inf, workers: int = 0, log_every: int = 10, validate_every: int = 200
     ) -> None:
         """Train until the configured steps or ``max_seconds`` of this call, whichever is first."""
-        stop = _StopOnSignal()
+        stop = StopOnSignal()
         batches = self._batches(workers)
         total, begin, window = int(self.config["optimizer"]["steps"]), time.monotonic(), []
         last_save = begin
@@ -242,7 +242,7 @@ def _dice(prediction: Tensor, labels: Tensor, classes: int) -> Tensor:
     return torch.where(total > 0, 2 * both / total.clamp(min=1), torch.nan)
 
 
-class _StopOnSignal:
+class StopOnSignal:
     """Turns SIGTERM/SIGINT into a flag so that a stopped run saves its checkpoint."""
 
     def __init__(self) -> None:

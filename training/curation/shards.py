@@ -14,6 +14,7 @@ import os
 import secrets
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +27,7 @@ from LCTfoundLib.errors import OutputError
 from LCTfoundLib.runtime.files import output_errors
 from training.curation.ledger import PackedShard
 
-__all__ = ["ShardWriter", "read_shard"]
+__all__ = ["ShardWriter", "decode_slice", "read_shard"]
 
 #: Real slices of 512 x 512: level 1 makes 273 kB of 524 kB in 6 ms, level 6 makes 267 kB in 28 ms.
 _COMPRESSION = 1
@@ -142,10 +143,22 @@ def read_shard(path: Path) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
                 if data is None:
                     continue
                 if entry.name.endswith(".npz"):
-                    with np.load(io.BytesIO(data.read()), allow_pickle=False) as file:
-                        plane = file["hu"]
+                    plane = decode_slice(data.read())
                 elif plane is not None:
                     yield plane, json.loads(data.read())
                     plane = None
-    except (tarfile.TarError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (tarfile.TarError, OSError, ValueError, KeyError) as error:
         raise OutputError(f"{path} is no whole shard ({error}); copy it again, or curate its studies again.") from error
+
+
+def decode_slice(data: bytes) -> np.ndarray:
+    """int16 HU (rows, columns) of a slice's ``.npz``.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            return file["hu"]
+    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"no slice: {error}") from error
