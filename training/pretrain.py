@@ -1,12 +1,12 @@
 """Pretrain the diffusion backbone from shards, on one process or many nodes.
 
     python -m training.pretrain training/configs/student.toml --shards runs/shards/phantom:0.65 \
-        --shards runs/shards/real:0.35 --run runs/student
+        --shards runs/shards/real:0.35 --out runs/student
     torchrun --nproc-per-node 8 -m training.pretrain training/configs/paper.toml ...     (DDP; add --fsdp to shard)
     sbatch training/cluster/pretrain.slurm                                               (several nodes)
 
 Starting the same command again resumes from the last whole checkpoint, bit for bit on a CPU: weights, EMA, optimizer
-and the place in the data. A run folder holds ``checkpoints/step-*``, ``tensorboard/``, ``log.jsonl`` and ``report.json``.
+and the place in the data. A run folder holds ``checkpoints/``, ``tensorboard/``, ``log.jsonl`` and ``report.json``.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from LCTfoundLib.errors import LCTfoundError
 from LCTfoundLib.networks.backbone import backbone_config, build_backbone, parameter_count
 from LCTfoundLib.networks.conditions import LUNG, MEDIASTINUM, BertEncoder, BuiltInEncoder, Condition, ConditionEncoder
 from LCTfoundLib.networks.features import NoiseSchedule
 from LCTfoundLib.networks.foundation import InputRecipe
+from LCTfoundLib.runtime.files import output_errors
 from training.pretext import Pretext, PretextSample, masked_input, pretext_loss
 from training.segmentation import StopOnSignal
 from training.shard_stream import Augmentation, Mixture, Sample, ShardError, SliceSampler, Source
@@ -41,10 +43,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["Batch", "Pretrainer", "Told", "main", "newest_checkpoint"]
+__all__ = ["Batch", "Pretrainer", "Told", "averaged_weights", "main", "newest_checkpoint"]
 
 #: Besides those whose step is a multiple of the configuration's ``keep_every``.
 _KEPT_CHECKPOINTS = 2
+_EMA_FILE = "ema.pt"
 _log = logging.getLogger(__name__)
 
 
@@ -133,7 +136,9 @@ class Told(nn.Module):
         """Predicted noise, (N, 3, H, W)."""
         if not isinstance(told, Tensor):
             assert self.encoder is not None
-            told = self.encoder(told)
+            # Every parameter takes part in every step, as DDP expects, also where no sample of the batch needs it.
+            idle = 0.0 * sum(parameter.sum() for parameter in self.encoder.parameters())
+            told = self.encoder(told) + idle
         return self.network(images, timesteps, told, return_dict=False)[0]
 
 
@@ -175,7 +180,8 @@ class Pretrainer:
         self.network_config = backbone_config(config["preset"], **_tuples(config.get("network", {})))
         self._frozen: ConditionEncoder | None = BertEncoder(language_model) if language_model else None
         told = Told(build_backbone(self.network_config), None if language_model else BuiltInEncoder())
-        told.to(memory_format=torch.channels_last)
+        if not fsdp:  # which shards no weights of another layout
+            told.to(memory_format=torch.channels_last)
         optimizer = torch.optim.AdamW(
             told.parameters(), lr=settings["lr"], weight_decay=settings.get("weight_decay", 0.01)
         )
@@ -386,28 +392,35 @@ class Pretrainer:
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
-        """Write a checkpoint under a hidden name and rename it when it is whole; older ones go, but for one."""
+        """Write a checkpoint under a hidden name and rename it when it is whole; older ones go, but for one.
+
+        Raises:
+            OutputError: the disk is full or cannot be written; the last checkpoint stays.
+        """
         folder = self.run / "checkpoints"
         target, staging = folder / f"step-{self.step:08d}", folder / f".step-{self.step:08d}"
         if target.exists():
             return target
         if self.accelerator.is_main_process:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
+            shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed while it saved
+            with output_errors(self.run):
+                staging.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(staging))
-        torch.save(self.ema.state_dict(), staging / f"ema_{self._shard_name}.pt")
+        averaged = self.ema.state_dict() | {"shadow_params": [_whole(value) for value in self.ema.shadow_params]}
+        with output_errors(self.run):
+            self.accelerator.save_state(str(staging))
+        self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             told = {"step": self.step, "seconds": self.seconds, "config": _plain(self.config)}
             told |= {"data": self.mixture.data, "processes": self.accelerator.num_processes}
-            (staging / "progress.json").write_text(json.dumps(told, indent=2))
-            _flush(staging)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            staging.rename(target)
+            with output_errors(self.run):
+                torch.save(averaged, staging / _EMA_FILE)
+                (staging / "progress.json").write_text(json.dumps(told, indent=2))
+                _flush(staging)
+                staging.rename(target)
             keep = int(self.config.get("keep_every", 0))
             for old in sorted(folder.glob("step-*"))[:-_KEPT_CHECKPOINTS]:
-                if not keep or int(old.name.removeprefix("step-")) % keep:
+                if not keep or _step_of(old) % keep:
                     shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         return target
@@ -417,22 +430,15 @@ class Pretrainer:
         if checkpoint is not None:
             told = json.loads((checkpoint / "progress.json").read_text())
             if told["config"]["optimizer"]["batch"] != self.batch or told["config"]["preset"] != self.config["preset"]:
-                raise ShardError(f"{self.run} holds a run of another configuration; give another --run.")
+                raise ShardError(f"{self.run} holds a run of another configuration; give another --out.")
             self.accelerator.load_state(str(checkpoint))
-            state = torch.load(checkpoint / f"ema_{self._shard_name}.pt", map_location=self.device, weights_only=True)
-            self.ema.load_state_dict(state)
+            state = torch.load(checkpoint / _EMA_FILE, map_location="cpu", weights_only=True)
+            shadows = zip(state["shadow_params"], self.ema.shadow_params, strict=True)
+            self.ema.load_state_dict(state | {"shadow_params": [_like(value, shadow) for value, shadow in shadows]})
             self.ema.to(self.device)
             self.step, self.seconds = int(told["step"]), float(told["seconds"])
             _log.info("resumed at step %d", self.step)
         self._first_step, self._first_seconds = self.step, self.seconds
-
-    @property
-    def _shard_name(self) -> str:
-        """With FSDP each process averages its own part of the weights; else all have the same."""
-        from accelerate.utils import DistributedType
-
-        sharded = self.accelerator.distributed_type is DistributedType.FSDP
-        return str(self.accelerator.process_index if sharded else 0)
 
     def start_from(self, run: Path) -> None:
         """Begin with the averaged weights of another run; a run that has begun keeps its own.
@@ -445,10 +451,10 @@ class Pretrainer:
         checkpoint = newest_checkpoint(run)
         if checkpoint is None:
             raise ShardError(f"{run} holds no checkpoint to begin with; check the path.")
-        state = torch.load(checkpoint / "ema_0.pt", map_location=self.device, weights_only=True)
+        state = torch.load(checkpoint / _EMA_FILE, map_location="cpu", weights_only=True)
         with torch.no_grad():
             for parameter, value in zip(self.model.parameters(), state["shadow_params"], strict=True):
-                parameter.copy_(value)
+                parameter.copy_(_like(value, parameter))
         self.ema = _ema(self.model, float(self.config["optimizer"].get("ema", 0.9999)))
 
 
@@ -456,6 +462,10 @@ def newest_checkpoint(run: Path) -> Path | None:
     """The last whole checkpoint of a run."""
     found = sorted((run / "checkpoints").glob("step-*"))
     return found[-1] if found else None
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 class _Averaged:
@@ -504,15 +514,18 @@ class _Board:
 
 def _accelerator(precision: str, micro: int, fsdp: bool) -> Accelerator:
     from accelerate import Accelerator
-    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT") if fsdp else None
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=micro,
         fsdp_plugin=plugin,
         cpu=not torch.cuda.is_available(),
     )
+    if fsdp and accelerator.distributed_type is not DistributedType.FSDP:
+        raise LCTfoundError("Sharding a model needs several GPUs, one process each; leave --fsdp out.")
+    return accelerator
 
 
 def _ema(model: nn.Module, decay: float) -> Any:
@@ -520,6 +533,36 @@ def _ema(model: nn.Module, decay: float) -> Any:
     from diffusers.training_utils import EMAModel
 
     return EMAModel(model.parameters(), decay=decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+
+
+def _whole(value: Tensor) -> Tensor:
+    """Of a tensor that FSDP has shared out among the processes; all of them have to ask."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def _like(value: Tensor, model: Tensor) -> Tensor:
+    """A whole tensor shared out as another is."""
+    value = value.to(model.device)
+    if not hasattr(model, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, model.device_mesh, model.placements)
+
+
+def averaged_weights(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The EMA of a checkpoint: the network's tensors, and those of its built-in condition encoder (if it has one)."""
+    config = json.loads((checkpoint / "progress.json").read_text())["config"]
+    network = build_backbone(backbone_config(config["preset"], **_tuples(config.get("network", {}))), "meta")
+    values = torch.load(checkpoint / _EMA_FILE, map_location="cpu", weights_only=True)["shadow_params"]
+    built_in = len(values) > len(list(network.parameters()))
+    names = [name for name, _ in Told(network, BuiltInEncoder() if built_in else None).named_parameters()]
+    named = dict(zip(names, values, strict=True))
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in named.items() if name.startswith(prefix)}
+
+    return part("network."), part("encoder.")
 
 
 def _validation_batches(folder: Path, augmentation: Augmentation, recipe: InputRecipe) -> list[Batch]:
@@ -559,7 +602,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--shards", type=Source.parse, action="append", required=True, metavar="FOLDER[:SHARE]", help="may be repeated"
     )
-    parser.add_argument("--run", type=Path, required=True, help="folder of checkpoints, log and report")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run: checkpoints, log and report")
     parser.add_argument("--validation", type=Path, help="folder of held-out shards")
     parser.add_argument("--language-model", type=Path, help="folder of a BERT base model, for the published conditions")
     parser.add_argument("--start-from", type=Path, help="run whose averaged weights to begin with")
@@ -571,16 +614,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--validate-every", type=int, default=0, help="steps; default: at the end only")
     parser.add_argument("--workers", type=int, default=0, help="processes that read and augment")
     parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--is-done", action="store_true", help="train nothing; exit with 0 if the last step is reached")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.threads:
         torch.set_num_threads(options.threads)
     config = tomllib.loads(options.config.read_text())
+    if options.is_done:
+        checkpoint = newest_checkpoint(options.out)
+        done = checkpoint is not None and _step_of(checkpoint) >= int(config["optimizer"]["steps"])
+        parser.exit(0 if done else 1)
     try:
         trainer = Pretrainer(
             config,
             options.shards,
-            options.run,
+            options.out,
             options.validation,
             options.language_model,
             options.fsdp,
@@ -588,15 +636,15 @@ def main(arguments: list[str] | None = None) -> None:
         )
         if options.start_from:
             trainer.start_from(options.start_from)
-    except ShardError as error:
+        trainer.fit(
+            options.minutes * 60,
+            options.last_step,
+            options.save_every,
+            options.sample_every,
+            options.validate_every,
+        )
+    except LCTfoundError as error:
         parser.exit(2, f"{error}\n")
-    trainer.fit(
-        options.minutes * 60,
-        options.last_step,
-        options.save_every,
-        options.sample_every,
-        options.validate_every,
-    )
 
 
 if __name__ == "__main__":
