@@ -46,7 +46,14 @@ from training.evaluate.foundation_slices import (
     placed,
     read_samples,
 )
-from training.evaluate.kernel_distance import FixedNet, between_halves, kernel_distance, squared_discrepancy
+from training.evaluate.kernel_distance import (
+    FixedNet,
+    Level,
+    between_halves,
+    kernel_distance,
+    squared_discrepancy,
+    standardized,
+)
 from training.evaluate.probes import (
     Difference,
     PixelProbe,
@@ -135,13 +142,36 @@ def test_halves_share_no_patient(rng):
     assert by_patient.mean > 5 * abs(by_slice.mean)
 
 
+def test_an_offset_that_all_slices_share_hides_nothing(rng):
+    """Features far from 0 that hardly vary: the kernel alone is blind to a set that differs by a deviation."""
+    real, twin, other = (100 + 0.01 * rng.normal(shift, 1, (60, 8)) for shift in (0, 0, 1))
+    near, far = (squared_discrepancy(standardized(x, real), standardized(real, real)) for x in (twin, other))
+    assert far > 10 * abs(near)
+    np.testing.assert_allclose(standardized(real, real).std(axis=0), 1)
+    constant = standardized(np.ones((3, 2)), np.ones((5, 2)))
+    assert not constant.any()
+
+
+def test_distances_stand_beside_those_of_real_patients(rng):
+    patients = np.array([f"TCGA-{n:02d}-{rng.integers(1e6)}" for n in range(60)])
+    real = SliceSet(np.zeros((60, 3, 1, 1), np.int16), patients)
+    features = {"real": rng.normal(5, 2, (60, 6)), "alike": rng.normal(5, 2, (40, 6)), "far": rng.normal(9, 2, (40, 6))}
+    rows = foundation.kernel_rows(features, real, "lung", Level.ALL, 15, 20, 0)
+    found = {(row.name, row.reference): row.distance.mean for row in rows}
+    assert len(found) == 6
+    for reference in ("held-out", "of pretraining"):
+        assert found["far", reference] > 5 * abs(found["alike", reference])
+        assert found["far", reference] > 5 * abs(found["real, random half of the patients", "the other half"])
+
+
 def test_the_fixed_net_sees_nothing_beyond_the_window(shipped_weights, rng):
     net = FixedNet(choose_device("cpu", "fp32"))
     hu = rng.integers(-150, 150, (2, 32, 32))
     hu[0, :8], hu[0, 8:16] = -400, 600
     clipped = hu.clip(-200, 200)
     features = net(hu, MEDIASTINUM)
-    assert features.shape == (2, 128) and np.isfinite(features).all()
+    assert features.shape == (2, 336) and np.isfinite(features).all()
+    assert features[:, net.columns(Level.DEEPEST)].shape == (2, 128) and net.columns(Level.ALL) == slice(0, 336)
     np.testing.assert_array_equal(features, net(clipped, MEDIASTINUM))
     assert np.abs(features[0] - features[1]).max() > 1e-3
     assert np.abs(net(hu, LUNG)[0] - net(clipped, LUNG)[0]).max() > 1e-3

@@ -59,7 +59,7 @@ from training.evaluate.foundation_slices import (
     slices_of_volumes,
     tcga_slices,
 )
-from training.evaluate.kernel_distance import FixedNet, between_halves, kernel_distance
+from training.evaluate.kernel_distance import FixedNet, Level, between_halves, kernel_distance, standardized
 from training.evaluate.metrics import dice, dice_per_label
 from training.evaluate.probes import DRAWS, PixelProbe, cross_validated, score_classifier
 from training.evaluate.statistics import mean_over_seeds
@@ -106,28 +106,32 @@ def kernel_rows(
     features: dict[str, np.ndarray],
     real: SliceSet,
     window: str,
+    level: Level,
     subset: int,
     subsets: int,
     seed: int,
 ) -> list[KernelRow]:
-    """Distances in one window.
+    """Distances in one window, in the features of one level.
 
     Args:
         features: of the real slices under ``real``, of other sets under their names.
         real: the slices of the reference.
     """
-    held_out, own = real.held_out, features["real"]
+    held_out = real.held_out
+    own = standardized(features["real"], features["real"])
 
-    def distance(x: np.ndarray, y: np.ndarray) -> Any:
-        return kernel_distance(x, y, subset, subsets, np.random.default_rng(seed))
+    def row(name: str, found: np.ndarray, reference: str, theirs: np.ndarray) -> KernelRow:
+        distance = kernel_distance(found, theirs, subset, subsets, np.random.default_rng(seed))
+        return KernelRow(window, level, name, reference, distance)
 
     halves = between_halves(own, real.patients.tolist(), subset, subsets, np.random.default_rng(seed))
-    rows = [KernelRow(window, "real, random half of the patients", "the other half", halves)]
-    rows.append(KernelRow(window, "real, patients of pretraining", "held-out", distance(own[~held_out], own[held_out])))
+    rows = [KernelRow(window, level, "real, random half of the patients", "the other half", halves)]
+    rows.append(row("real, patients of pretraining", own[~held_out], "held-out", own[held_out]))
     for name, found in features.items():
         if name != "real":
-            rows.append(KernelRow(window, name, "held-out", distance(found, own[held_out])))
-            rows.append(KernelRow(window, name, "of pretraining", distance(found, own[~held_out])))
+            other = standardized(found, features["real"])
+            rows.append(row(name, other, "held-out", own[held_out]))
+            rows.append(row(name, other, "of pretraining", own[~held_out]))
     return rows
 
 
@@ -372,12 +376,15 @@ class _Run:
         for window, sets in shown.items():
             begin = time.monotonic()
             features = {name: self._fixed(net, slices, window) for name, slices in sets.items()}
-            rows += kernel_rows(features, real, window, self.options.subset, self.options.subsets, self.options.seed)
+            for level in Level:
+                chosen = {name: found[:, net.columns(level)] for name, found in features.items()}
+                counts = (self.options.subset, self.options.subsets, self.options.seed)
+                rows += kernel_rows(chosen, real, window, level, *counts)
             self.log(f"kernel distance, {window}: {time.monotonic() - begin:.0f} s")
         return rows, shown
 
     def _fixed(self, net: FixedNet, slices: SliceSet, window: str) -> np.ndarray:
-        identity = f"{net.sha256} {WINDOWS[window]} {self.choice.precision.value}"
+        identity = f"all levels {net.sha256} {WINDOWS[window]} {self.choice.precision.value}"
         return cached(self.cache, f"fixed-{window}", identity, slices.middle, lambda hu: net(hu, WINDOWS[window]))
 
     def __call__(self) -> str:

@@ -16,7 +16,7 @@ from LCTfoundLib.anatomy.structures import Lobe
 from LCTfoundLib.export.slices import draw_text
 from LCTfoundLib.runtime.files import output_errors
 from training.evaluate.foundation_slices import IGNORE, SIDE, WINDOWS, SliceSet
-from training.evaluate.kernel_distance import KernelDistance
+from training.evaluate.kernel_distance import KernelDistance, Level
 from training.evaluate.probes import ClassifierScores, Difference, paired_difference, paired_means
 
 __all__ = ["Compared", "ContrastResult", "KernelRow", "PixelPicture", "PixelResult", "comparisons", "write_report"]
@@ -30,8 +30,10 @@ _COLORS = {
 }
 _ACROSS = 8
 _NOTES = """\
-- Kernel distance: unbiased, in the features of the shipped fine lung net; comparable within this table only. Real
-  slices are of TCGA-LUAD; their levels are those of the collection, not those of phantoms or generated slices.
+- Kernel distance: unbiased (it may fall below 0), in the features of the shipped fine lung net, standardized by the
+  real slices; comparable within this table only. Real slices are of TCGA-LUAD; their levels are those of the
+  collection, not those of phantoms or generated slices. The deviation is over subsets, for halves over splits of the
+  patients too.
 - Intervals: 95 %, percentile bootstrap over patients, both methods on the same draws. That other training patients or
   another pretraining run would give other numbers is not in them.
 - Phantoms are synthetic; labels of LIDC-IDRI-0001 are another program's; LUNG1-001 has human contours of the lungs.
@@ -40,9 +42,10 @@ _NOTES = """\
 
 @dataclass(frozen=True)
 class KernelRow:
-    """A kernel distance: of which slices, to which real ones, in which window."""
+    """A kernel distance: in which window and features, of which slices, to which real ones."""
 
     window: str
+    level: Level
     name: str
     reference: str
     distance: KernelDistance
@@ -176,10 +179,17 @@ def _settings(provenance: Mapping[str, Any]) -> str:
 
 def _kernel_table(rows: Sequence[KernelRow]) -> str:
     cells = [
-        [row.window, row.name, row.reference, str(row.distance), f"{row.distance.subsets} x {row.distance.subset}"]
+        [
+            row.window,
+            row.level,
+            row.name,
+            row.reference,
+            str(row.distance),
+            f"{row.distance.subsets} x {row.distance.subset}",
+        ]
         for row in rows
     ]
-    head = ["window", "slices", "real TCGA-LUAD slices", "kernel distance ± s.d.", "subsets"]
+    head = ["window", "features", "slices", "real TCGA-LUAD slices", "kernel distance ± s.d.", "subsets"]
     return "## Kernel distance to real slices\n\n" + _markdown([head, *cells])
 
 
