@@ -12,6 +12,7 @@ from typing import Any
 
 from LCTfoundLib.errors import LCTfoundError
 from LCTfoundLib.networks.backbone import backbone_config
+from LCTfoundLib.networks.features import Prediction
 from LCTfoundLib.networks.foundation import InputRecipe, save_foundation
 from LCTfoundLib.weights.registry import Card, DataSource
 from training.pretrain import averaged_weights, newest_checkpoint
@@ -101,7 +102,8 @@ def export_backbone(
     )
     recipe = InputRecipe.from_dict(config["input"])
     arguments = backbone_config(config["preset"], **config.get("network", {}))
-    return save_foundation(network, encoder, arguments, recipe, card, out)
+    prediction = Prediction(config.get("prediction", Prediction.EPSILON))
+    return save_foundation(network, encoder, arguments, recipe, card, out, prediction)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,10 +1,10 @@
 """What the backbone is pretrained to do: predict noise, and fill in what was masked.
 
-Every pretext shares one network and one output of three channels. Where the input is noisy, the target is the noise, as
-published. Where it is masked (0, and no noise, so that the network can tell), the target is minus the clean image:
-that is v-prediction's target where nothing of the image is left, and continues the noise's sign (what to subtract from
-the input to come to the image). Masked denoising after MDM (Pan et al., arXiv 2308.05695); the MAE that pretraining is
-compared with (He et al., CVPR 2022) is the same without noise, scored under the mask only.
+Every pretext shares one network and one output of three channels. Where the input is noisy, the target is the noise,
+as published, or v. Where it is masked (0, and no noise, so that the network can tell), the target is minus the clean
+image: that is v's where nothing of the image is left, and continues the noise's sign (what to subtract from the input
+to come to the image). Masked denoising after MDM (Pan et al., arXiv 2308.05695); the MAE that pretraining is compared
+with (He et al., CVPR 2022) is the same without noise, scored under the mask only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from LCTfoundLib.networks.features import NoiseSchedule
+from LCTfoundLib.networks.features import NoiseSchedule, Prediction
 
 __all__ = ["Kind", "Pretext", "PretextSample", "masked_input", "pretext_loss"]
 
@@ -114,7 +114,13 @@ class PretextSample:
 
 
 def masked_input(
-    images: Tensor, noise: Tensor, timesteps: Tensor, mask: Tensor, kinds: Tensor, schedule: NoiseSchedule
+    images: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    mask: Tensor,
+    kinds: Tensor,
+    schedule: NoiseSchedule,
+    prediction: Prediction = Prediction.EPSILON,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the network sees, what it shall answer, and where that counts.
 
@@ -123,13 +129,14 @@ def masked_input(
         timesteps, kinds: (N,).
         mask: bool (N, 3, H, W).
         schedule: of the noise.
+        prediction: what the network answers where nothing is masked.
 
     Returns:
         Input, target and weight, (N, 3, H, W); an MAE sample counts under its mask only, all others everywhere.
     """
     clean = (kinds == Kind.MAE).view(-1, 1, 1, 1)
     noisy = torch.where(clean, images, schedule.add_noise(images, noise, timesteps))
-    target = torch.where(mask, -images, noise)
+    target = torch.where(mask, -images, schedule.target(images, noise, timesteps, prediction))
     weight = torch.where(clean, mask.to(images.dtype), torch.ones((), dtype=images.dtype, device=images.device))
     return torch.where(mask, torch.zeros_like(noisy), noisy), target, weight
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from LCTfoundLib.errors import LCTfoundError
 from LCTfoundLib.networks.backbone import backbone_config, build_backbone, parameter_count
 from LCTfoundLib.networks.conditions import LUNG, MEDIASTINUM, BertEncoder, BuiltInEncoder, Condition, ConditionEncoder
-from LCTfoundLib.networks.features import NoiseSchedule
+from LCTfoundLib.networks.features import NoiseSchedule, Prediction
 from LCTfoundLib.networks.foundation import InputRecipe
 from LCTfoundLib.runtime.files import output_errors
 from training.pretext import Pretext, PretextSample, masked_input, pretext_loss
@@ -188,6 +188,7 @@ class Pretrainer:
         self.model, self.optimizer = self.accelerator.prepare(told.train(), optimizer)
         self.ema = _ema(self.model, float(settings.get("ema", 0.9999)))
         self.schedule = NoiseSchedule()
+        self.prediction = Prediction(config.get("prediction", Prediction.EPSILON))
         pretext = Pretext.from_dict(config.get("pretext", {}))
         augmentation = Augmentation(**_tuples(config["augmentation"]))
         self.mixture = Mixture(sources, self.seed)
@@ -301,16 +302,20 @@ class Pretrainer:
         begin = max(warmup, round(float(settings.get("hold", 0.0)) * total))
         return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0, step - begin) / max(total - begin, 1))))
 
-    def _losses(self, batch: Batch) -> Tensor:
+    def _losses(self, batch: Batch, of_noise: bool = False) -> Tensor:
+        """Loss of each sample, (N,); ``of_noise`` measures every model by the noise it predicts."""
         told: list[Condition] | Tensor = batch.conditions
         if self._frozen is not None:
             told = self._frozen.encode(batch.conditions).to(self.device)
         shown, target, weight = masked_input(
-            batch.images, batch.noise, batch.timesteps, batch.mask, batch.kinds, self.schedule
+            batch.images, batch.noise, batch.timesteps, batch.mask, batch.kinds, self.schedule, self.prediction
         )
         shown = shown.contiguous(memory_format=torch.channels_last)
         with self.accelerator.autocast():
             answer = self.model(shown, batch.timesteps, told)
+        if of_noise:
+            answer = self.schedule.noise_in(shown, answer.float(), batch.timesteps, self.prediction)
+            target = batch.noise
         return pretext_loss(answer, target, weight)
 
     # -- what it tells -------------------------------------------------------------------------------------------------
@@ -336,7 +341,7 @@ class Pretrainer:
     def _validate(self, board: _Board) -> None:
         """Noise prediction of the EMA weights on fixed samples and timesteps: the number that all pretexts share."""
         with self._averaged():
-            losses = torch.cat([self._losses(batch.to(self.device)) for batch in self._validation])
+            losses = torch.cat([self._losses(batch.to(self.device), of_noise=True) for batch in self._validation])
         values = {"validation_loss": float(losses.mean())}
         board.scalars(values, self.step)
         self._append(values)
@@ -346,7 +351,8 @@ class Pretrainer:
         """A grid of images that the EMA weights draw, both windows, from fixed noise."""
         from diffusers import DDIMScheduler
 
-        scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing")
+        kind = "v_prediction" if self.prediction is Prediction.V else "epsilon"
+        scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing", prediction_type=kind)
         scheduler.set_timesteps(steps)
         size = self._samples.sampler.augmentation.size
         conditions = [Condition(window) for window in (LUNG, LUNG, MEDIASTINUM, MEDIASTINUM)]

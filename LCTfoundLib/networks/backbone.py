@@ -32,6 +32,7 @@ __all__ = [
     "CHANNELS",
     "ENCODER_PREFIX",
     "INPUT_KEY",
+    "PREDICTION_KEY",
     "LoadedBackbone",
     "Preset",
     "backbone_config",
@@ -54,6 +55,8 @@ CHANNELS = 3
 ENCODER_PREFIX = "condition_encoder."
 #: In such a weight's card: what the network's channels are, beside the network's arguments.
 INPUT_KEY = "input"
+#: In such a weight's card: what the network's answer is.
+PREDICTION_KEY = "prediction"
 
 _UNET_FOLDER = "unet"
 _CONFIG_FILE = "config.json"
@@ -213,7 +216,8 @@ def load_backbone(source: str | Path, folder: Path | str | None = None) -> Loade
     if card.architecture != ARCHITECTURE:
         raise WeightError(f"The weight '{source}' is a {card.architecture}, no backbone; give the name of a backbone.")
     where = f"The weight '{source}'"
-    config = {key: value for key, value in card.architecture_parameters.items() if key != INPUT_KEY}
+    beside = (INPUT_KEY, PREDICTION_KEY)
+    config = {key: value for key, value in card.architecture_parameters.items() if key not in beside}
     encoder = {key: state.pop(key) for key in list(state) if key.startswith(ENCODER_PREFIX)}
     network = _on_meta(config, where)
     _compare(network, {key: tuple(tensor.shape) for key, tensor in state.items()}, where)

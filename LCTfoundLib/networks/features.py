@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,7 @@ __all__ = [
     "FeatureExtractor",
     "Features",
     "NoiseSchedule",
+    "Prediction",
     "SinglePassExtractor",
     "distillation_loss",
     "distillation_step",
@@ -38,6 +40,16 @@ PUBLISHED_TIMESTEPS = (0, 50, 100, 150)
 PUBLISHED_UP_BLOCKS = (1, 2, 3, 4)
 #: The deep (middle) block's place among up blocks' numbers.
 DEEP = -1
+
+
+class Prediction(StrEnum):
+    """What the backbone's three output channels are."""
+
+    #: The noise, as published.
+    EPSILON = "epsilon"
+    #: signal * noise - share * image (Salimans and Ho, ICLR 2022): where little of the image is left, it tells the
+    #: image itself. Predicted noise would have to be exact to a thousandth there, which a short training is not.
+    V = "v"
 
 
 class NoiseSchedule:
@@ -52,9 +64,29 @@ class NoiseSchedule:
 
     def add_noise(self, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """(N, C, H, W) at timesteps (N,), 0 to 999; timestep 0 already holds 1 % of noise, as published."""
-        signal = self.signal.to(images.device)[timesteps].view(-1, 1, 1, 1).to(images.dtype)
-        share = self.noise.to(images.device)[timesteps].view(-1, 1, 1, 1).to(images.dtype)
+        signal, share = self._at(timesteps, images)
         return signal * images + share * noise
+
+    def target(self, images: Tensor, noise: Tensor, timesteps: Tensor, prediction: Prediction) -> Tensor:
+        """What the backbone shall answer, (N, C, H, W)."""
+        if prediction is Prediction.EPSILON:
+            return noise
+        signal, share = self._at(timesteps, images)
+        return signal * noise - share * images
+
+    def noise_in(self, noisy: Tensor, answer: Tensor, timesteps: Tensor, prediction: Prediction) -> Tensor:
+        """The noise that the backbone's answer tells, (N, C, H, W)."""
+        if prediction is Prediction.EPSILON:
+            return answer
+        signal, share = self._at(timesteps, noisy)
+        return share * noisy + signal * answer
+
+    def _at(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Shares of image and noise, (N, 1, 1, 1)."""
+        signal, noise = (
+            table.to(like.device)[timesteps].view(-1, 1, 1, 1).to(like.dtype) for table in (self.signal, self.noise)
+        )
+        return signal, noise
 
 
 @dataclass

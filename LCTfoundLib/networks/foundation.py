@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from LCTfoundLib.errors import WeightError
-from LCTfoundLib.networks.backbone import ARCHITECTURE, ENCODER_PREFIX, INPUT_KEY, load_backbone
+from LCTfoundLib.networks.backbone import ARCHITECTURE, ENCODER_PREFIX, INPUT_KEY, PREDICTION_KEY, load_backbone
 from LCTfoundLib.networks.conditions import (
     BertEncoder,
     BuiltInEncoder,
@@ -27,6 +27,7 @@ from LCTfoundLib.networks.conditions import (
     neighboring_slices,
     slice_input,
 )
+from LCTfoundLib.networks.features import Prediction
 from LCTfoundLib.weights.registry import Card, save_weight
 
 if TYPE_CHECKING:
@@ -79,12 +80,14 @@ class FoundationModel:
         encoder: of conditions.
         recipe: of the input.
         card: None for an official checkpoint.
+        prediction: what the network's answer is.
     """
 
     network: UNet2DConditionModel
     encoder: ConditionEncoder
     recipe: InputRecipe
     card: Card | None = None
+    prediction: Prediction = Prediction.EPSILON
 
     @property
     def device(self) -> torch.device:
@@ -121,11 +124,13 @@ def load_foundation(
             f"The backbone {source} takes its conditions from a language model; give the folder of the BERT base "
             "model it was trained with."
         )
-    recipe = InputRecipe()
+    recipe, prediction = InputRecipe(), Prediction.EPSILON
+    told = loaded.card.architecture_parameters if loaded.card is not None else {}
     encoder: ConditionEncoder
     try:
-        if loaded.card is not None and INPUT_KEY in loaded.card.architecture_parameters:
-            recipe = InputRecipe.from_dict(loaded.card.architecture_parameters[INPUT_KEY])
+        if INPUT_KEY in told:
+            recipe = InputRecipe.from_dict(told[INPUT_KEY])
+        prediction = Prediction(told.get(PREDICTION_KEY, prediction))
         if language_model is None:
             encoder = BuiltInEncoder()
             encoder.load_state_dict(loaded.encoder_state)
@@ -135,7 +140,7 @@ def load_foundation(
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise WeightError(f"The weight '{source}' is not what its card describes ({reason}); get it again.") from error
-    return FoundationModel(loaded.network, encoder, recipe, loaded.card)
+    return FoundationModel(loaded.network, encoder, recipe, loaded.card, prediction)
 
 
 def save_foundation(
@@ -145,6 +150,7 @@ def save_foundation(
     recipe: InputRecipe,
     card: Card,
     folder: Path | str,
+    prediction: Prediction = Prediction.EPSILON,
 ) -> Card:
     """Write a backbone and its built-in condition encoder as one weight.
 
@@ -155,6 +161,7 @@ def save_foundation(
         recipe: of its input.
         card: architecture and parameters are filled in.
         folder: made if missing.
+        prediction: what its answer is.
 
     Returns:
         The card as written.
@@ -163,5 +170,6 @@ def save_foundation(
         OutputError: the folder cannot be written.
     """
     parameters = {**config, INPUT_KEY: {key: str(value) for key, value in asdict(recipe).items()}}
+    parameters[PREDICTION_KEY] = str(prediction)
     filled = replace(card, architecture=ARCHITECTURE, architecture_parameters=parameters)
     return save_weight(dict(network) | {ENCODER_PREFIX + key: t for key, t in encoder.items()}, filled, folder)

@@ -352,6 +352,7 @@ class NoisePredictor:
             ConditionError: the condition cannot be encoded.
         """
         self.network, self.guidance, self.choice = model.network, guidance, choice
+        self.prediction, self._schedule = model.prediction, NoiseSchedule()
         conditions = {1.0: [condition], 0.0: [FREEDOM]}.get(guidance, [condition, FREEDOM])
         self.embeddings = _encoded(model.encoder, conditions).to(choice.device)
 
@@ -362,10 +363,11 @@ class NoisePredictor:
         half = self.choice.dtype != torch.float32
         with torch.autocast(self.choice.device.type, self.choice.dtype) if half else nullcontext():
             answer = self.network(inputs, timestep, self.embeddings.repeat_interleave(count, dim=0)).sample.float()
-        if kinds == 1:
-            return answer
-        told, untold = answer.chunk(2)
-        return untold + self.guidance * (told - untold)
+        if kinds > 1:
+            told, untold = answer.chunk(2)
+            answer = untold + self.guidance * (told - untold)
+        times = torch.full((count,), timestep, device=images.device)
+        return self._schedule.noise_in(images, answer, times, self.prediction)
 
 
 def _encoded(encoder: ConditionEncoder, conditions: Sequence[Condition]) -> Tensor:

@@ -32,6 +32,7 @@ from LCTfoundLib.networks.conditions import (
     Scaling,
     Window,
 )
+from LCTfoundLib.networks.features import Prediction
 from LCTfoundLib.networks.foundation import FoundationModel, InputRecipe, Slices, load_foundation, save_foundation
 from LCTfoundLib.runtime.device import choose_device
 from LCTfoundLib.runtime.progress import CancelToken, Progress
@@ -244,6 +245,17 @@ class TestGuidance:
             found = self.predictor(model, guidance)(images, 500)
         assert rows == [2]
         torch.testing.assert_close(found, self.both(model, images, 500)[which], atol=1e-5, rtol=1e-5)
+
+
+    def test_a_backbone_of_v_tells_the_noise_too(self, model, rng):
+        images = torch.from_numpy(rng.standard_normal((2, 3, 32, 32)).astype(np.float32))
+        step = int(rng.integers(1000))
+        answer = self.both(model, images, step)[0]
+        model.prediction = Prediction.V
+        with torch.no_grad():
+            found = self.predictor(model, 1.0)(images, step)
+        kept = float(np.prod(1 - np.linspace(1e-4, 0.02, 1000)[: step + 1]))
+        torch.testing.assert_close(found, (1 - kept) ** 0.5 * images + kept**0.5 * answer, atol=1e-4, rtol=1e-4)
 
 
 class TestImages:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from LCTfoundLib.errors import LCTfoundError
 from LCTfoundLib.networks.conditions import LUNG, Condition, Scaling
+from LCTfoundLib.networks.features import Prediction
 from LCTfoundLib.networks.foundation import Slices, load_foundation
 from LCTfoundLib.volume_io import write_volume
 from training import distill_features, pretraining_data
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = {
     "preset": "student",
     "seed": 1,
+    "prediction": "v",
     "precision": "no",
     "network": {"block_out_channels": [8, 8, 8, 16, 16], "norm_num_groups": 4, "cross_attention_dim": 8},
     "input": {"slices": "neighbors", "scaling": "window"},
@@ -76,6 +78,7 @@ def test_the_weight_is_the_average_and_loads_in_the_engine(run, tmp_path, rng):
     assert card.license == "CC-BY-3.0" and card.training["steps"] == 2 and card.numbers == {"kid": 0.1}
     model = load_foundation("toy", tmp_path)
     assert (model.recipe.slices, model.recipe.scaling) == (Slices.NEIGHBORS, Scaling.WINDOW)
+    assert model.prediction is Prediction.V
     network, encoder = averaged_weights(newest_checkpoint(run))
     for name, value in model.network.state_dict().items():
         torch.testing.assert_close(value, network[name], atol=2e-3, rtol=2e-3)

@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from LCTfoundLib.errors import OutputError
 from LCTfoundLib.networks.conditions import FREEDOM, LUNG, MEDIASTINUM, Disease, Scaling
-from LCTfoundLib.networks.features import NoiseSchedule
+from LCTfoundLib.networks.features import NoiseSchedule, Prediction
 from LCTfoundLib.networks.foundation import InputRecipe, Slices
 from training.curation.shards import ShardWriter
 from training.pretext import Kind, Pretext, masked_input, pretext_loss
@@ -211,6 +211,17 @@ class TestPretext:
             np.testing.assert_array_equal(weight[n], hidden if task.kind is Kind.MAE else np.ones_like(x))
             covered = {Kind.NOISE: 0, Kind.SLICE: 1 / 3}.get(task.kind, 0.6)
             assert hidden.mean() == pytest.approx(covered, abs=0.04)
+
+    def test_v_is_the_formula_and_tells_the_noise(self, rng):
+        schedule = NoiseSchedule()
+        images, noise = (torch.from_numpy(rng.normal(size=(5, 3, 8, 8))) for _ in range(2))
+        steps = torch.from_numpy(rng.integers(0, 1000, 5))
+        v = schedule.target(images, noise, steps, Prediction.V)
+        kept = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[steps.numpy()][:, None, None, None]
+        np.testing.assert_allclose(v, np.sqrt(kept) * noise.numpy() - np.sqrt(1 - kept) * images.numpy(), atol=1e-4)
+        noisy = schedule.add_noise(images, noise, steps)
+        torch.testing.assert_close(schedule.noise_in(noisy, v, steps, Prediction.V), noise, atol=1e-4, rtol=1e-4)
+        assert schedule.target(images, noise, steps, Prediction.EPSILON) is noise
 
     def test_loss_is_the_mean_over_what_counts(self, rng):
         answer, target = (torch.from_numpy(rng.normal(size=(4, 3, 8, 8))) for _ in range(2))
