@@ -39,8 +39,9 @@ _FEWEST_PATIENTS = 6
 
 #: Inverse regularization strengths on standardized features whose kernel has a mean diagonal of 1.
 _SLICE_STRENGTHS = tuple(10.0**power for power in range(-3, 5))
-#: The same per training pixel.
-_PIXEL_STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+#: The same for pixels, on standardized features. With one training patient the best lung Dice of gray values needs 100
+#: (0.91; 0.77 at 0.01); above that nothing changes any more.
+_PIXEL_STRENGTHS = tuple(10.0**power for power in range(-3, 3))
 
 
 # -- differences -----------------------------------------------------------------------------------------------------
