@@ -374,6 +374,7 @@ class TestUntrustedFiles:
         with pytest.raises(StateError, match="cut off"):
             load_state(target)
 
+    @pytest.mark.alone
     def test_an_archive_that_unpacks_to_gigabytes_is_refused_before_it_is_unpacked(self, tmp_path: Path) -> None:
         target = tmp_path / "state.npz"
         block = b"\0" * 2**24

@@ -22,6 +22,8 @@ from LCTfoundLib.anatomy.structures import LOBE_OF_SEGMENT, STRUCTURES, segment_
 from LCTfoundLib.tasks.state import load_state
 from LCTfoundLib.volume import Volume
 
+pytestmark = pytest.mark.alone
+
 if TYPE_CHECKING:
     from training.phantom.render import Rendered
 

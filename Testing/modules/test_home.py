@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.alone
+
 _REPOSITORY = Path(__file__).resolve().parents[2]
 _MODULE = _REPOSITORY / "LCTfound" / "LCTfound" / "LCTfound.py"
 

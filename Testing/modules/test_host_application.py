@@ -13,6 +13,8 @@ from typing import Annotated, Any
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.alone
+
 slicer = pytest.importorskip("slicer", reason="slicer-core is not installed: pip install -e '.[host]'")
 import vtk  # noqa: E402
 

@@ -22,6 +22,8 @@ import numpy as np
 import psutil
 import pytest
 
+pytestmark = pytest.mark.alone
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 if str(REPOSITORY / "LCTfound") not in sys.path:
     sys.path.insert(0, str(REPOSITORY / "LCTfound"))

@@ -15,7 +15,7 @@ import pytest
 slicer = pytest.importorskip("slicer", reason="slicer-core is not installed: pip install -e '.[host]'")
 import vtk  # noqa: E402
 
-pytestmark = [pytest.mark.end_to_end, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.alone, pytest.mark.end_to_end, pytest.mark.timeout(400)]
 
 _MODULE = Path(__file__).parents[2] / "LCTfound" / "LCTfoundLungSegmentation" / "LCTfoundLungSegmentation.py"
 #: Seconds a run on the synthetic patient may take on a busy machine of two cores.
