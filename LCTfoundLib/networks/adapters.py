@@ -1,17 +1,32 @@
 """Adapters: small files that turn the resident backbone into a task, swapped without loading the backbone again.
 
 An adapter is a weight of the registry (safetensors and card, checked like any other). Its card's ``architecture`` names
-the class here, its ``architecture_parameters`` hold the arguments and what the features must be: blocks, timesteps, and
-the backbone's decoder widths, so that an adapter of another backbone is refused instead of answering nonsense.
+the class, and its ``architecture_parameters`` hold three things, the same for every kind: what the adapter needs of the
+backbone (``needs``), what it is built from (``arguments``), and the fingerprint of the backbone it was trained on
+(``backbone``), so that an adapter of another backbone is refused instead of answering nonsense.
 
-The published recipes are :class:`PixelMLP` (mediastinal segmentation) and :class:`DeepClassifier` (PAP, MPR);
-:class:`LinearProbe` tells what the features alone know. Low-rank adapters of the backbone itself are in ``lora.py``.
+====================  ==================================================  ==========================================
+class                 published recipe                                    file
+====================  ==================================================  ==========================================
+``PixelMLP``          mediastinal segmentation                            head
+``DeepClassifier``    PAP, MPR; tuned: prognosis                          head; tuned: and the backbone's difference
+``LinearProbe``       what the features alone know                        head
+``OutputLayer``       whole lung, 21 structures (tuned)                   output layer and the backbone's difference
+``ColdRestorer``      low dose                                            side branch and output layer
+``ImageCondition``    virtual CTA                                         side branch
+LoRA (``lora.py``)    none; what a full fine-tune would be today          low-rank matrices
+====================  ==================================================  ==========================================
+
+Every kind works on the frozen backbone, or on one that was tuned with it (:meth:`Adapter.tune`). A tuned backbone is
+stored as its difference to the one it began as, in float16. That is as large as the weights themselves would be, but
+fine-tuning moves them by a hundredth or less: their own float16 rounding, 1/2048 of the weight, would be several
+percent of what was learned, and the difference's is 1/2048 of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,23 +35,34 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from LCTfoundLib.errors import WeightError
-from LCTfoundLib.networks.features import DEEP, FeatureExtractor, Features
-from LCTfoundLib.networks.lora import active_lora
+from LCTfoundLib.networks.adapter_base import Adapter, fingerprint, plain_parameters
+from LCTfoundLib.networks.cold_diffusion import ColdRestorer
+
+# _walk: the extractor around it cuts gradients off, and a backbone that is tuned needs them.
+from LCTfoundLib.networks.features import DEEP, FeatureExtractor, Features, NoiseSchedule, _walk
+from LCTfoundLib.networks.image_condition import ImageCondition
+from LCTfoundLib.networks.lora import LORA_ARCHITECTURE, put_lora, remove_lora, use_lora, working_lora
+from LCTfoundLib.networks.tuned import OutputLayer
 from LCTfoundLib.weights.registry import Card, load_weight, save_weight
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 __all__ = [
+    "Adapter",
     "AdapterHost",
+    "ColdRestorer",
     "DeepClassifier",
     "FeatureRecipe",
     "Head",
+    "ImageCondition",
     "LinearProbe",
     "LoadedAdapter",
+    "OutputLayer",
     "PixelMLP",
     "load_adapter",
     "save_adapter",
+    "traced_features",
 ]
 
 
@@ -60,21 +86,50 @@ class FeatureRecipe:
         widths = tuple(reversed(network.config["block_out_channels"]))
         return cls(tuple(blocks), tuple(timesteps), tuple(int(widths[max(block, 0)]) for block in blocks))
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FeatureRecipe:
+        """From a card.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none.
+        """
+        recipe = cls(*(tuple(map(int, values[key])) for key in ("blocks", "timesteps", "widths")))
+        if not len(recipe.blocks) == len(recipe.widths) > 0 or not recipe.timesteps:
+            raise ValueError("blocks and widths differ in number, or there are none")
+        return recipe
+
+    def matches(self, network: UNet2DConditionModel) -> bool:
+        if not all(DEEP <= block < len(network.up_blocks) for block in self.blocks):
+            return False
+        return self == FeatureRecipe.of(network, self.blocks, self.timesteps)
+
+    def __str__(self) -> str:
+        return f"maps of {', '.join(map(str, self.widths))} channels in blocks {', '.join(map(str, self.blocks))}"
+
     @property
     def channels(self) -> int:
         """Of all maps together."""
         return sum(self.widths) * len(self.timesteps)
 
 
-class Head(nn.Module):
-    """What every adapter is: features in, logits out."""
+class Head(Adapter):
+    """Features in, logits out."""
 
     recipe: FeatureRecipe
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """What the head is built from, for its card."""
-        raise NotImplementedError
+    def needs(self) -> FeatureRecipe:
+        return self.recipe
+
+    @classmethod
+    def from_card(cls, needs: Mapping[str, Any], arguments: Mapping[str, Any]) -> Head:
+        given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+        return cls(FeatureRecipe.from_dict(needs), **given)  # type: ignore[call-arg]
+
+    def answer(self, network: UNet2DConditionModel, images: Tensor, embedding: Tensor, noise: Tensor) -> Tensor:
+        """Logits, (N, classes, H, W) or (N, classes); gradients reach a tuned backbone."""
+        features = traced_features(network, self.recipe, images, embedding, noise)
+        return self(features, tuple(images.shape[-2:]))
 
 
 class PixelMLP(Head):
@@ -163,25 +218,53 @@ class LinearProbe(Head):
         return self.linear(torch.cat(vectors, dim=1).to(self.linear.weight.dtype))
 
 
-_HEADS: dict[str, type[PixelMLP] | type[DeepClassifier] | type[LinearProbe]] = {
-    kind.__name__: kind for kind in (PixelMLP, DeepClassifier, LinearProbe)
+def traced_features(
+    network: UNet2DConditionModel, recipe: FeatureRecipe, images: Tensor, embedding: Tensor, noise: Tensor
+) -> Features:
+    """As :class:`FeatureExtractor`'s answer, in one pass and with gradients, to tune the backbone through it.
+
+    Args:
+        network: the backbone.
+        recipe: blocks and timesteps.
+        images: (N, 3, H, W), -1..1.
+        embedding: (N, 1, 768).
+        noise: (N, 3, H, W); serves all timesteps.
+    """
+    count, steps = len(images), len(recipe.timesteps)
+    rows = torch.arange(count, device=images.device).repeat_interleave(steps)
+    times = torch.tensor(recipe.timesteps, device=images.device).repeat(count)
+    noisy = NoiseSchedule().add_noise(images[rows], noise[rows], times)
+    maps = _walk(network, noisy, times, embedding[rows], recipe.blocks)
+    return Features(recipe.timesteps, {block: maps[block].unflatten(0, (count, steps)) for block in recipe.blocks})
+
+
+_KINDS: dict[str, type[Adapter]] = {
+    kind.__name__: kind for kind in (PixelMLP, DeepClassifier, LinearProbe, OutputLayer, ColdRestorer, ImageCondition)
 }
+#: In a file: tensors that are the difference of a tuned backbone to the one it began as.
+_TUNED = "tuned."
 
 
 @dataclass
 class LoadedAdapter:
-    """An adapter ready to use: its head, and the card of its weight."""
+    """An adapter ready to use.
 
-    head: Head
-    card: Card
+    Attributes:
+        adapter: None for a low-rank adapter, which lives in the backbone.
+        card: of its weight; None for one that was made here and not saved.
+    """
+
+    adapter: Adapter | None
+    card: Card | None = None
 
 
-def save_adapter(head: Head, card: Card, folder: Path | str) -> Card:
-    """Write a head as a weight.
+def save_adapter(adapter: Adapter, network: UNet2DConditionModel, card: Card, folder: Path | str) -> Card:
+    """Write an adapter as a weight, in half precision.
 
     Args:
-        head: to write, in half precision.
-        card: its architecture and parameters are filled in from the head, its checksum by the registry.
+        adapter: to write.
+        network: the backbone it was trained on, as it was before.
+        card: its architecture and parameters are filled in, its checksum by the registry.
         folder: made if missing.
 
     Returns:
@@ -190,54 +273,106 @@ def save_adapter(head: Head, card: Card, folder: Path | str) -> Card:
     Raises:
         OutputError: the folder cannot be written.
     """
-    features = {key: list(value) for key, value in asdict(head.recipe).items()}
-    parameters = {"head": head.arguments, "features": features}
-    filled = replace(card, architecture=type(head).__name__, architecture_parameters=parameters)
-    return save_weight(head.state_dict(), filled, folder)
+    parameters = adapter.described() | {"backbone": fingerprint(network)}
+    filled = replace(card, architecture=type(adapter).__name__, architecture_parameters=parameters)
+    begun = plain_parameters(network)
+    state = {
+        key: tensor - begun[_backbone_name(key)].to(tensor.device) if key.startswith(_TUNED) else tensor
+        for key, tensor in adapter.state_dict().items()
+    }
+    return save_weight(state, filled, folder)
 
 
-def load_adapter(name: str, folder: Path | str | None = None) -> LoadedAdapter:
-    """A head by the name of its weight, in evaluation mode on the CPU.
+def load_adapter(name: str, network: UNet2DConditionModel, folder: Path | str | None = None) -> LoadedAdapter:
+    """An adapter of any kind by the name of its weight, for a backbone.
+
+    It comes in evaluation mode, on the backbone's device. The backbone's values stay as they are; a low-rank adapter is
+    put beside them and works when it is asked for (``lora`` of :meth:`AdapterHost.run`).
+
+    Args:
+        name: of the weight.
+        network: the resident backbone.
+        folder: looked into before the other places.
 
     Raises:
-        WeightError: missing, damaged, of no adapter, or not what its card describes.
+        WeightError: missing, damaged, of no adapter, of another backbone, or not what its card describes.
+        LCTfoundError: a low-rank adapter, and peft is not installed.
+        ValueError: a low-rank adapter of this name is resident already.
     """
     card, state = load_weight(name, folder)
-    kind = _HEADS.get(card.architecture)
+    if card.architecture == LORA_ARCHITECTURE:
+        put_lora(network, name, card, state)
+        return LoadedAdapter(None, card)
+    kind = _KINDS.get(card.architecture)
     if kind is None:
         raise WeightError(
-            f"The weight '{name}' is a {card.architecture}, no adapter; give the name of one ({', '.join(_HEADS)})."
+            f"The weight '{name}' is a {card.architecture}, no adapter; give the name of one "
+            f"({', '.join((*_KINDS, LORA_ARCHITECTURE))})."
         )
     try:
         given = card.architecture_parameters
-        recipe = FeatureRecipe(**{key: tuple(map(int, value)) for key, value in given["features"].items()})
-        if not len(recipe.blocks) == len(recipe.widths) > 0 or not recipe.timesteps:
-            raise ValueError("blocks and widths differ in number, or there are none")
-        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given["head"].items()}
-        head = kind(recipe, **arguments)
-        head.load_state_dict(state)
+        adapter = kind.from_card(given["needs"], given["arguments"])
+        _check_backbone(name, adapter, card, network, fingerprint(network))
+        _fill(adapter, state, network)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise WeightError(f"The adapter '{name}' is not what its card describes ({reason}); get it again.") from error
-    return LoadedAdapter(head.eval(), card)
+    adapter.requires_grad_(False).eval().to(next(network.parameters()).device)
+    return LoadedAdapter(adapter, card)
+
+
+def _backbone_name(key: str) -> str:
+    return key.removeprefix(_TUNED).replace("/", ".")
+
+
+def _check_backbone(
+    name: str, adapter: Adapter, card: Card | None, network: UNet2DConditionModel, identity: str
+) -> None:
+    """Refuse another backbone: one of another shape, or one of the same shape with other weights."""
+    if not adapter.needs.matches(network):
+        raise WeightError(
+            f"The adapter '{name}' needs a backbone with {adapter.needs}; load the backbone its card names."
+        )
+    if card is not None and card.architecture_parameters.get("backbone") != identity:
+        raise WeightError(
+            f"The adapter '{name}' was trained on another backbone of the same shape; load the backbone its card names."
+        )
+
+
+def _fill(adapter: Adapter, state: Mapping[str, Tensor], network: UNet2DConditionModel) -> None:
+    """The file's values into a fresh adapter; differences are added to what the backbone has."""
+    begun, state = plain_parameters(network), dict(state)
+    for key in [key for key in state if key.startswith(_TUNED)]:
+        base = begun[_backbone_name(key)].detach()
+        if base.shape != state[key].shape:
+            raise ValueError(f"{key}: {tuple(state[key].shape)} instead of {tuple(base.shape)}")
+        state[key] = base + state[key].to(base.device)
+        adapter.tuned[key.removeprefix(_TUNED)] = nn.Parameter(torch.empty_like(base))
+    adapter.load_state_dict(state)
 
 
 class AdapterHost:
     """One resident backbone and the adapters that were asked for; changing between them costs nothing.
 
-    Features are kept for the last slices: adapters of the same blocks and timesteps share one run of the backbone.
+    The backbone is never written to: an adapter's own tensors stand in its place for the length of a call. Features are
+    kept for the last slices: heads of the same blocks and timesteps share one run of the frozen backbone.
     """
 
     def __init__(self, network: UNet2DConditionModel, *, batch: int = 4, dtype: torch.dtype = torch.float32) -> None:
         """Set up.
 
         Args:
-            network: in evaluation mode, on its device.
-            batch: noisy slices per pass.
-            dtype: of the backbone's arithmetic.
+            network: on its device; put into evaluation mode, frozen, and its convolutions laid out channels-last.
+            batch: slices per pass.
+            dtype: of the arithmetic.
         """
-        self.network = network
+        self.network = network.eval().to(memory_format=torch.channels_last)
+        # torch computes a linear layer in another way where a gradient could be asked for; the answer, in its last
+        # bits, shall not depend on what was done with the backbone before.
+        for tensor in plain_parameters(network).values():
+            tensor.requires_grad_(False)
         self._batch, self._dtype = batch, dtype
+        self._identity = fingerprint(network)
         self._adapters: dict[str, LoadedAdapter] = {}
         self._last: tuple[tuple[Any, ...], Features] | None = None
 
@@ -246,66 +381,98 @@ class AdapterHost:
         """Of the adapters that are loaded."""
         return sorted(self._adapters)
 
-    def add(self, name: str, adapter: LoadedAdapter) -> None:
-        """Take an adapter in, in place of one of the same name.
+    def card(self, name: str) -> Card | None:
+        """Of an adapter that is loaded.
 
         Raises:
-            WeightError: it was trained on another backbone's features.
+            KeyError: no such adapter is loaded.
         """
-        recipe = adapter.head.recipe
-        try:
-            here = FeatureRecipe.of(self.network, recipe.blocks, recipe.timesteps)
-        except IndexError:
-            here = None
-        if here != recipe or not all(DEEP <= block < len(self.network.up_blocks) for block in recipe.blocks):
-            raise WeightError(
-                f"The adapter '{name}' needs a backbone with maps of {', '.join(map(str, recipe.widths))} channels in "
-                f"blocks {', '.join(map(str, recipe.blocks))}; load the backbone its card names."
-            )
-        adapter.head.to(next(self.network.parameters()).device)
-        self._adapters[name] = adapter
+        return self._adapters[name].card
+
+    def add(self, name: str, loaded: LoadedAdapter) -> None:
+        """Take an adapter in, in place of one of the same name; it is put into evaluation mode and frozen.
+
+        Raises:
+            WeightError: it was trained on another backbone.
+        """
+        if loaded.adapter is not None:
+            _check_backbone(name, loaded.adapter, loaded.card, self.network, self._identity)
+            device = next(self.network.parameters()).device
+            loaded.adapter.requires_grad_(False).eval()
+            loaded.adapter.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._adapters[name] = loaded
 
     def load(self, name: str, folder: Path | str | None = None) -> None:
         """:func:`load_adapter` and :meth:`add`, unless it is loaded already.
 
         Raises:
             WeightError: as these two.
+            LCTfoundError: a low-rank adapter, and peft is not installed.
         """
         if name not in self._adapters:
-            self.add(name, load_adapter(name, folder))
+            self.add(name, load_adapter(name, self.network, folder))
 
     def remove(self, name: str) -> None:
         """Forget an adapter; nothing happens when it is not there."""
-        self._adapters.pop(name, None)
+        loaded = self._adapters.pop(name, None)
+        if loaded is not None and loaded.adapter is None:
+            remove_lora(self.network, name)
+            use_lora(self.network, None)
 
     @torch.no_grad()
-    def run(self, name: str, images: Tensor, embedding: Tensor, seed: int = 0) -> Tensor:
-        """Logits of an adapter that was loaded.
+    def run(self, name: str, images: Tensor, embedding: Tensor, seed: int = 0, lora: str | None = None) -> Tensor:
+        """The answer of an adapter that was loaded.
 
         Args:
             name: of the adapter.
             images: (N, 3, H, W), -1..1; H and W multiples of 16.
             embedding: of the condition, (1, 1, 768) or (N, 1, 768).
             seed: of the noise; the same seed gives the same answer.
+            lora: name of a low-rank adapter that the backbone works with meanwhile.
 
         Returns:
-            (N, classes, H, W) or (N, classes).
+            float32: logits (N, classes, H, W) or (N, classes), or images (N, 1 or 3, H, W), -1..1.
 
         Raises:
             KeyError: no such adapter is loaded.
+            WeightError: it is a low-rank adapter, which has no answer of its own.
         """
-        head = self._adapters[name].head
-        features = self._features(head.recipe, images, embedding, seed)
-        return head(features, tuple(images.shape[-2:]))
+        adapter = self._adapters[name].adapter
+        if adapter is None:
+            raise WeightError(
+                f"The low-rank adapter '{name}' has no answer of its own; give the name of another adapter, and this "
+                "one as what the backbone works with meanwhile."
+            )
+        if lora is not None and self._adapters[lora].adapter is not None:
+            raise WeightError(f"The adapter '{lora}' is no low-rank one; run it by itself.")
+        device = next(self.network.parameters()).device
+        # Made at once on the CPU: the answer depends on the seed, not on batch or device.
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+        images, embedding = images.to(device), embedding.to(device)
+        with working_lora(self.network, lora):
+            if isinstance(adapter, Head) and not adapter.tuned:
+                features = self._features(adapter.recipe, images, embedding, noise, (seed, lora))
+                return adapter(features, tuple(images.shape[-2:])).float()
+            return self._in_batches(adapter, images, embedding.expand(len(images), -1, -1), noise)
 
-    def _features(self, recipe: FeatureRecipe, images: Tensor, embedding: Tensor, seed: int) -> Features:
-        key = (recipe.blocks, recipe.timesteps, seed, active_lora(self.network))
+    def _in_batches(self, adapter: Adapter, images: Tensor, embedding: Tensor, noise: Tensor) -> Tensor:
+        parts = []
+        for start in range(0, len(images), self._batch):
+            rows = slice(start, start + self._batch)
+            with torch.autocast(images.device.type, self._dtype, enabled=self._dtype != torch.float32):
+                parts.append(adapter.run(self.network, images[rows], embedding[rows], noise[rows]).float())
+        return torch.cat(parts)
+
+    def _features(
+        self, recipe: FeatureRecipe, images: Tensor, embedding: Tensor, noise: Tensor, source: tuple[int, str | None]
+    ) -> Features:
+        key = (recipe.blocks, recipe.timesteps, source)
         if self._last is not None:
             (known, known_images, known_embedding), features = self._last
             if known == key and torch.equal(known_images, images) and torch.equal(known_embedding, embedding):
                 return features
         extractor = FeatureExtractor(self.network, recipe.blocks, batch=self._batch, dtype=self._dtype)
-        features = extractor(images, embedding, recipe.timesteps, torch.Generator().manual_seed(seed))
+        features = extractor(images, embedding, recipe.timesteps, noise=noise)
         # Copies: the caller may fill the same tensor with the next slice.
         self._last = ((key, images.clone(), embedding.clone()), features)
         return features

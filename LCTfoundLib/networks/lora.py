@@ -1,19 +1,22 @@
 """Low-rank adapters of the backbone itself (LoRA, Hu et al., ICLR 2022), through peft, as small weights with cards.
 
-Several can be resident on one backbone; at most one works at a time, and none leaves the backbone as it was. peft is an
-optional part of the installation and imported where it is needed.
+Several can be resident on one backbone; at most one works at a time, and none leaves the backbone as it was. They are
+loaded as every adapter is, by ``load_adapter`` of ``adapters.py``. peft is an optional part of the installation and
+imported where it is needed.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from LCTfoundLib.errors import LCTfoundError, WeightError
-from LCTfoundLib.weights.registry import Card, load_weight, save_weight
+from LCTfoundLib.networks.adapter_base import BackboneShape, fingerprint
+from LCTfoundLib.weights.registry import Card, save_weight
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -24,10 +27,11 @@ __all__ = [
     "LORA_ARCHITECTURE",
     "active_lora",
     "add_lora",
-    "load_lora",
+    "put_lora",
     "remove_lora",
     "save_lora",
     "use_lora",
+    "working_lora",
 ]
 
 #: In cards.
@@ -76,42 +80,63 @@ def save_lora(network: UNet2DConditionModel, name: str, card: Card, folder: Path
         The card as written.
     """
     config = network.peft_config[_key(name)]
-    parameters = {"rank": int(config.r), "targets": sorted(config.target_modules)}
+    shape = BackboneShape.of(network)
+    parameters = {
+        "needs": {"widths": list(shape.widths), "layers": shape.layers},
+        "arguments": {"rank": int(config.r), "targets": sorted(config.target_modules)},
+        "backbone": fingerprint(network),
+    }
     filled = replace(card, architecture=LORA_ARCHITECTURE, architecture_parameters=parameters)
     return save_weight(_state(network, name), filled, folder)
 
 
-def load_lora(network: UNet2DConditionModel, name: str, folder: Path | str | None = None) -> Card:
-    """Put a low-rank adapter from a weight into a backbone and use it; nothing is trainable.
+def put_lora(network: UNet2DConditionModel, name: str, card: Card, state: Mapping[str, Any]) -> None:
+    """Put a low-rank adapter from a weight into a backbone; nothing is trainable, and what worked goes on working.
+
+    Args:
+        network: changed in place; left as it was when the adapter does not fit.
+        name: of the adapter.
+        card: of its weight.
+        state: its tensors.
 
     Raises:
-        WeightError: missing, damaged, no low-rank adapter, or one of another backbone, which is left as it was.
+        WeightError: its card is not one of a low-rank adapter, or it is one of another backbone.
         LCTfoundError: peft is not installed.
         ValueError: an adapter of this name is resident already.
     """
-    card, state = load_weight(name, folder)
-    if card.architecture != LORA_ARCHITECTURE:
-        raise WeightError(f"The weight '{name}' is a {card.architecture}, no low-rank adapter; give the name of one.")
-    parameters, before = card.architecture_parameters, active_lora(network)
-    rank, targets = parameters.get("rank"), parameters.get("targets")
+    arguments, before = card.architecture_parameters.get("arguments"), active_lora(network)
+    rank, targets = (arguments.get("rank"), arguments.get("targets")) if isinstance(arguments, dict) else (None, None)
     if not isinstance(rank, int) or rank < 1 or not isinstance(targets, list) or not targets:
         raise WeightError(f"The card of '{name}' names no rank and targets; get the weight and its card again.")
+    if card.architecture_parameters.get("backbone") != fingerprint(network):
+        raise WeightError(f"The adapter '{name}' was trained on another backbone; load the backbone its card names.")
     try:
         add_lora(network, name, rank, targets)
     except ValueError as error:
         if _key(name) in getattr(network, "peft_config", {}):
             raise
-        raise WeightError(f"The adapter '{name}' does not fit this backbone ({error}); load its own.") from error
+        raise WeightError(f"The adapter '{name}' does not fit this backbone ({error}); get it again.") from error
     expected = {key: tensor.shape for key, tensor in _state(network, name).items()}
     if expected != {key: tensor.shape for key, tensor in state.items()}:
         remove_lora(network, name)
         use_lora(network, before)
-        raise WeightError(f"The adapter '{name}' was trained on another backbone; load the one its card names.")
+        raise WeightError(f"The adapter '{name}' is not what its card describes; get it again.")
     from peft import set_peft_model_state_dict
 
-    set_peft_model_state_dict(network, state, _key(name))
+    set_peft_model_state_dict(network, dict(state), _key(name))
     network.requires_grad_(False)
-    return card
+    use_lora(network, before)
+
+
+@contextmanager
+def working_lora(network: UNet2DConditionModel, name: str | None) -> Iterator[None]:
+    """Let one resident adapter work, or none, for the length of a ``with`` block."""
+    before = active_lora(network)
+    use_lora(network, name)
+    try:
+        yield
+    finally:
+        use_lora(network, before)
 
 
 def use_lora(network: UNet2DConditionModel, name: str | None) -> None:
@@ -145,13 +170,13 @@ def _state(network: UNet2DConditionModel, name: str) -> dict[str, Any]:
     return dict(get_peft_model_state_dict(network, adapter_name=_key(name)))
 
 
-#: A dot in a weight's name would be read as a step into a submodule.
-_DOT = "%2E"
+#: peft makes the name an attribute of modules: it must not be one they have, and a dot would step into a submodule.
+_PREFIX, _DOT = "lora:", "%2E"
 
 
 def _key(name: str) -> str:
-    return name.replace(".", _DOT)
+    return _PREFIX + name.replace(".", _DOT)
 
 
 def _name(key: str) -> str:
-    return key.replace(_DOT, ".")
+    return key.removeprefix(_PREFIX).replace(_DOT, ".")

@@ -1,0 +1,209 @@
+"""Image-conditioned generation: the branch beside the backbone, the sampling, and that it learns to be guided."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from LCTfoundLib.networks.adapter_base import BackboneShape, plain_parameters
+from LCTfoundLib.networks.backbone import EMBEDDING_SIZE, backbone_config, build_backbone
+from LCTfoundLib.networks.image_condition import ImageCondition
+from LCTfoundLib.networks.tuned import OutputLayer
+from training.adapters.fit import VIRTUAL_CTA, fit, generation_loss
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def seeded(rng) -> None:
+    torch.manual_seed(int(rng.integers(2**31)))
+
+
+@pytest.fixture(scope="module")
+def network():
+    """Two levels: enough to learn something, in a fraction of a second a step."""
+    config = backbone_config(
+        "student",
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        cross_attention_dim=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    return build_backbone(config).eval()
+
+
+@pytest.fixture(scope="module")
+def embedding() -> torch.Tensor:
+    return torch.randn(1, 1, EMBEDDING_SIZE)
+
+
+@pytest.fixture
+def slices() -> torch.Tensor:
+    return torch.rand(2, 3, 16, 16) * 2 - 1
+
+
+def a_trained(network, steps: int = 3) -> ImageCondition:
+    adapter = ImageCondition(BackboneShape.of(network), 8, steps)
+    for parameter in adapter.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return adapter.eval()
+
+
+class TestBranch:
+    @pytest.mark.parametrize("layers", [1, 2])
+    @pytest.mark.parametrize("widths", [(8, 8, 16, 16, 24), (8, 16)])
+    def test_it_has_a_map_for_each_that_the_decoder_gets(self, widths, layers, embedding):
+        count = len(widths)
+        config = backbone_config(
+            "student",
+            block_out_channels=widths,
+            layers_per_block=layers,
+            norm_num_groups=4,
+            cross_attention_dim=16,
+            down_block_types=("DownBlock2D",) * count,
+            up_block_types=("UpBlock2D",) * count,
+        )
+        backbone = build_backbone(config).eval()
+        shape = BackboneShape.of(backbone)
+        seen = []
+
+        def spy(module, inputs, named):
+            seen.extend(named["res_hidden_states_tuple"][::-1])
+
+        for block in backbone.up_blocks:
+            block.register_forward_pre_hook(spy, with_kwargs=True)
+        with torch.no_grad():
+            backbone(torch.randn(1, 3, 16, 16), 3, encoder_hidden_states=embedding)
+        found = [tuple(maps.shape[1:]) for maps in reversed(seen)]
+        assert [(width, 16 >> level, 16 >> level) for level, width in shape.skips] == found
+        assert (
+            a_trained(backbone)
+            .run(backbone, torch.randn(1, 3, 16, 16), embedding, torch.randn(1, 3, 16, 16))
+            .isfinite()
+            .all()
+        )
+
+    def test_before_any_training_the_backbone_answers_as_if_alone(self, network, slices, embedding):
+        adapter, noisy = ImageCondition(BackboneShape.of(network)), torch.randn_like(slices)
+        timesteps, told = torch.tensor([0, 700]), embedding.expand(2, -1, -1)
+        with torch.no_grad():
+            alone = network(noisy, timesteps, encoder_hidden_states=told).sample
+            assert torch.equal(adapter.noise_in(network, noisy, timesteps, told, slices), alone)
+
+    def test_slice_and_timestep_count(self, network, slices, embedding):
+        adapter, noisy, told = a_trained(network), torch.randn_like(slices), embedding.expand(2, -1, -1)
+        steps = torch.tensor([10, 10])
+        with torch.no_grad():
+            plain, other = (adapter.noise_in(network, noisy, steps, told, given) for given in (slices, -slices))
+            assert not torch.allclose(plain, other, atol=1e-4)
+            # The branch's own part knows the step too, not only the backbone.
+            near, far = (adapter.branch(slices, torch.randn(2, 64)) for _ in range(2))
+            assert not torch.allclose(near[1], far[1], atol=1e-4)
+
+    def test_every_value_learns_and_none_of_the_backbone(self, network, slices, embedding):
+        frozen = copy.deepcopy(network).requires_grad_(False)
+        adapter = a_trained(network).train()
+        batch = {"condition": slices, "wanted": -slices, "embedding": embedding}
+        generation_loss(adapter, frozen, batch, torch.Generator().manual_seed(0)).backward()
+        for name, parameter in adapter.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+        assert all(parameter.grad is None for parameter in frozen.parameters())
+
+    @pytest.mark.parametrize("steps", [0, 1001])
+    def test_steps_that_the_noise_does_not_have(self, network, steps):
+        with pytest.raises(ValueError, match="steps"):
+            ImageCondition(BackboneShape.of(network), 8, steps)
+
+    def test_another_adapter_generates_nothing(self, network, slices, embedding):
+        batch = {"condition": slices, "wanted": slices, "embedding": embedding}
+        with pytest.raises(TypeError, match="OutputLayer generates nothing"):
+            generation_loss(OutputLayer(BackboneShape.of(network), 2), network, batch, torch.Generator())
+
+
+class TestSampling:
+    def test_it_is_ddim(self, network, slices, embedding):
+        """Against diffusers' scheduler on the same timesteps; it, too, keeps the estimate within -1..1."""
+        from diffusers import DDIMScheduler
+
+        adapter, noise, told = a_trained(network, 6), torch.randn_like(slices), embedding.expand(2, -1, -1)
+        scheduler = DDIMScheduler(1000, timestep_spacing="linspace", set_alpha_to_one=True)
+        scheduler.set_timesteps(6)
+        x, steps = noise, scheduler.timesteps.tolist()
+        with torch.no_grad():
+            for place, step in enumerate(steps):
+                predicted = adapter.noise_in(network, x, torch.tensor([step, step]), told, slices)
+                # Its own step width is an equal one, a timestep off from linspace's rounded one.
+                kept = scheduler.alphas_cumprod[step]
+                clean = ((x - (1 - kept).sqrt() * predicted) / kept.sqrt()).clamp(-1, 1)
+                predicted = (x - kept.sqrt() * clean) / (1 - kept).sqrt()
+                kept = scheduler.alphas_cumprod[steps[place + 1]] if place + 1 < len(steps) else torch.tensor(1.0)
+                x = kept.sqrt() * clean + (1 - kept).sqrt() * predicted
+            found = adapter.run(network, slices, embedding, noise)
+        torch.testing.assert_close(found, x, rtol=1e-3, atol=1e-3)
+
+    def test_with_a_perfect_prediction_the_wanted_slice_comes_back(self, network, slices, embedding, monkeypatch):
+        adapter, wanted = a_trained(network, 20), -0.9 * slices.flip(1)
+
+        def perfect(network, noisy, timesteps, embedding, condition):
+            signal = adapter.schedule.signal[timesteps].view(-1, 1, 1, 1)
+            return (noisy - signal * wanted) / adapter.schedule.noise[timesteps].view(-1, 1, 1, 1)
+
+        monkeypatch.setattr(adapter, "noise_in", perfect)
+        found = adapter.run(network, slices, embedding, torch.randn_like(slices))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
+
+    def test_it_stays_within_the_window(self, network, slices, embedding):
+        with torch.no_grad():
+            found = a_trained(network).run(network, slices, embedding, torch.randn_like(slices))
+        assert found.shape == slices.shape and found.abs().max() <= 1
+
+
+def pairs(embedding: torch.Tensor, count: int) -> list[dict[str, torch.Tensor]]:
+    """Slices that nobody can guess, each with its negative."""
+    made = []
+    for _ in range(count):
+        condition = (torch.rand(8, 1, 16, 16) * 2 - 1).expand(-1, 3, -1, -1)
+        made.append({"condition": condition, "wanted": -condition, "embedding": embedding})
+    return made
+
+
+class TestLearning:
+    def test_a_frozen_backbone_learns_to_be_guided(self, network, embedding):
+        """First a small pretraining without the condition, then the branch alone on what came of it."""
+        steps, shape = replace(VIRTUAL_CTA, rate=5e-3, warmup=0, steps=60), BackboneShape.of(network)
+        blind = [batch | {"condition": torch.zeros(8, 3, 16, 16)} for batch in pairs(embedding, 60)]
+        pretraining = ImageCondition(shape, 8)
+        pretraining.tune(network)
+        fit(pretraining, network, blind, generation_loss, steps)
+        backbone = copy.deepcopy(network)
+        backbone.load_state_dict({key.replace("/", "."): tensor for key, tensor in pretraining.tuned.items()})
+        before = {key: tensor.clone() for key, tensor in plain_parameters(backbone).items()}
+        adapter = ImageCondition(shape, 16)
+        fit(adapter, backbone, pairs(embedding, 80), generation_loss, replace(steps, steps=80))
+        assert all(torch.equal(tensor, before[key]) for key, tensor in plain_parameters(backbone).items())
+        tests = pairs(embedding, 8)
+
+        def loss(of: ImageCondition, batches) -> float:
+            generator = torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                return sum(float(generation_loss(of, backbone, batch, generator)) for batch in batches) / len(batches)
+
+        guided, alone = loss(adapter, tests), loss(ImageCondition(shape), tests)
+        wrong = loss(adapter, [batch | {"condition": batch["condition"].flip(0)} for batch in tests])
+        print(f"guided {guided:.3f}, without the slice {alone:.3f}, by another patient's {wrong:.3f}")
+        assert guided < 0.75 * alone and guided < 0.6 * wrong
+
+    def test_a_tuned_backbone_learns_it_too(self, network, embedding):
+        """The published recipe: the model is fine-tuned with the condition."""
+        before = {key: tensor.clone() for key, tensor in plain_parameters(network).items()}
+        adapter = ImageCondition(BackboneShape.of(network), 8)
+        adapter.tune(network)
+        steps = replace(VIRTUAL_CTA, rate=5e-3, warmup=0, steps=25)
+        losses = fit(adapter, network, pairs(embedding, 25), generation_loss, steps)
+        assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+        assert all(torch.equal(tensor, before[key]) for key, tensor in plain_parameters(network).items())
+        assert not torch.equal(adapter.tuned["conv_in/weight"], before["conv_in.weight"])

@@ -1,0 +1,1 @@
+"""Training of the adapters on a frozen or a tuned backbone."""
