@@ -118,8 +118,9 @@ def put_lora(network: UNet2DConditionModel, name: str, card: Card, state: Mappin
         raise WeightError(f"The adapter '{name}' does not fit this backbone ({error}); get it again.") from error
     expected = {key: tensor.shape for key, tensor in _state(network, name).items()}
     if expected != {key: tensor.shape for key, tensor in state.items()}:
-        remove_lora(network, name)
         use_lora(network, before)
+        remove_lora(network, name)
+        use_lora(network, before)  # none, if there was none: peft switches on what is left
         raise WeightError(f"The adapter '{name}' is not what its card describes; get it again.")
     from peft import set_peft_model_state_dict
 

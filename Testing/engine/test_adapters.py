@@ -276,7 +276,7 @@ class TestTuning:
         adapter = DeepClassifier(FeatureRecipe.of(shallow, (DEEP,), (0,)), 2, 16)
         adapter.tune(shallow)
         settings = replace(PROGNOSIS, method=Method.ADAMW, rate=5e-3, epochs=1)
-        losses = fit(adapter, shallow, [bright_or_dark(embedding) for _ in range(15)], classification_loss, settings)
+        losses = fit(adapter, shallow, [bright_or_dark(embedding) for _ in range(30)], classification_loss, settings)
         assert_same_bits(shallow, before)
         assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
         assert not torch.equal(adapter.tuned["conv_in/weight"], before["conv_in.weight"])

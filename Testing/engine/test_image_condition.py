@@ -183,7 +183,7 @@ class TestLearning:
         backbone.load_state_dict({key.replace("/", "."): tensor for key, tensor in pretraining.tuned.items()})
         before = {key: tensor.clone() for key, tensor in plain_parameters(backbone).items()}
         adapter = ImageCondition(shape, 16)
-        fit(adapter, backbone, pairs(embedding, 80), generation_loss, replace(steps, steps=80))
+        fit(adapter, backbone, pairs(embedding, 110), generation_loss, replace(steps, steps=110))
         assert all(torch.equal(tensor, before[key]) for key, tensor in plain_parameters(backbone).items())
         tests = pairs(embedding, 8)
 
