@@ -11,7 +11,6 @@ reach; seconds a slice of both.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import time
 from pathlib import Path
@@ -49,7 +48,7 @@ class Distiller:
         self, model: FoundationModel, sampler: SliceSampler, held_out: SliceSampler, rate: float = 1e-4, batch: int = 4
     ) -> None:
         self.model, self._sampler, self._held_out, self._batch = model, sampler, held_out, batch
-        self.teacher = FeatureExtractor(copy.deepcopy(model.network).requires_grad_(False), batch=4)
+        self.teacher = FeatureExtractor(model.network, batch=4)
         self.student = SinglePassExtractor(model.network).train()
         self._optimizer = torch.optim.AdamW(self.student.parameters(), lr=rate, weight_decay=0.0)
 

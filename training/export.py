@@ -16,7 +16,7 @@ import torch
 from LCTfoundLib.anatomy.structures import SEGMENTS, Context, Lobe, Tree
 from LCTfoundLib.networks.unet3d import UNet3D, UNet3DConfig
 from LCTfoundLib.weights.registry import Card, DataSource, save_weight
-from training.segmentation import commit_hash
+from training.segmentation import commit_hash, hardware
 
 __all__ = ["HEAD_CLASSES", "export_run", "main"]
 
@@ -56,13 +56,9 @@ def export_run(config: dict[str, Any], run: Path, out: Path, version: str, numbe
         numbers=numbers,
         intended_use="Segmentation of 21 lung structures on chest CT in adults, for research and planning research.",
         limits=_LIMITS,
-        training={"steps": state["step"], "seconds": round(state["seconds"]), "hardware": _hardware()},
+        training={"steps": state["step"], "seconds": round(state["seconds"]), "hardware": hardware()},
     )
     return save_weight(weights, card, out)
-
-
-def _hardware() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
 
 
 def main(arguments: list[str] | None = None) -> None:

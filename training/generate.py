@@ -10,7 +10,6 @@ Each patient is grown once; several scans (coarse) or boxes (fine) of it are ren
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import time
 from dataclasses import replace
@@ -24,6 +23,7 @@ from LCTfoundLib.networks.inputs import LungBox
 from training.losses import IGNORE
 from training.phantom.render import Patient, Rendered, Scan, make_patient, render
 from training.phantom.thorax import Organ
+from training.processes import share_seeds
 from training.samples import Pool, Sample
 
 __all__ = ["Kind", "coarse_samples", "fine_samples", "main"]
@@ -146,7 +146,7 @@ def _cropped(sample: Sample, margin_mm: float) -> Sample:
     )
 
 
-def _work(kind: Kind, pool: Pool, seeds: list[int]) -> None:
+def _work(seeds: list[int], kind: Kind, pool: Pool) -> None:
     os.nice(5)  # the trainer goes first
     make = coarse_samples if kind is Kind.COARSE else fine_samples
     for seed in seeds:
@@ -165,18 +165,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     pool = Pool(options.pool, options.capacity)
     seeds = list(range(options.first_seed, options.first_seed + options.count))
-    context = multiprocessing.get_context("spawn")
-    workers = [
-        context.Process(target=_work, args=(options.kind, pool, seeds[number :: options.processes]))
-        for number in range(options.processes)
-    ]
     begin = time.monotonic()
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if any(worker.exitcode for worker in workers):
-        raise SystemExit("a generator process failed; see its traceback above")
+    share_seeds(_work, seeds, options.processes, options.kind, pool)
     parser.exit(0, f"{len(seeds)} patients in {time.monotonic() - begin:.0f} s\n")
 
 

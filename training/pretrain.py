@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import os
-import resource
 import shutil
 import sys
 import time
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from LCTfoundLib.case import peak_memory_mb
 from LCTfoundLib.errors import LCTfoundError
 from LCTfoundLib.networks.backbone import backbone_config, build_backbone, parameter_count
 from LCTfoundLib.networks.conditions import LUNG, MEDIASTINUM, BertEncoder, BuiltInEncoder, Condition, ConditionEncoder
@@ -36,7 +36,7 @@ from LCTfoundLib.networks.features import NoiseSchedule, Prediction
 from LCTfoundLib.networks.foundation import InputRecipe
 from LCTfoundLib.runtime.files import output_errors
 from training.pretext import Pretext, PretextSample, masked_input, pretext_loss
-from training.segmentation import StopOnSignal
+from training.segmentation import StopOnSignal, hardware
 from training.shard_stream import Augmentation, Mixture, Sample, ShardError, SliceSampler, Source
 
 if TYPE_CHECKING:
@@ -387,9 +387,9 @@ class Pretrainer:
             "processes": self.accelerator.num_processes,
             "slices_per_step": self.micro * self.batch * self.accelerator.num_processes,
             "parameters": self.parameters,
-            "peak_memory_mb": round(_peak_memory_mb()),
+            "peak_memory_mb": round(peak_memory_mb()),
             "peak_gpu_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20) if cuda else None,
-            "hardware": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+            "hardware": hardware(),
             "precision": self.accelerator.mixed_precision,
         }
         if self.accelerator.is_main_process:
@@ -595,11 +595,6 @@ def _flush(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-
-
-def _peak_memory_mb() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import multiprocessing
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -25,6 +24,7 @@ from LCTfoundLib.volume_io import read_ct
 from training.curation.shards import ShardWriter
 from training.phantom.pathology import Pathology
 from training.phantom.render import Scan, make_patient, render
+from training.processes import share_seeds
 
 __all__ = ["FIRST_SEED", "diseases_of", "is_held_out", "main", "write_ct", "write_phantom", "write_slices"]
 
@@ -135,17 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         options.out.mkdir(parents=True, exist_ok=True)
         seeds = range(options.first_seed, options.first_seed + options.count)
-        context = multiprocessing.get_context("spawn")
-        workers = [
-            context.Process(target=_write_phantoms, args=(seeds[n :: options.processes], options.out))
-            for n in range(options.processes)
-        ]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        if any(worker.exitcode for worker in workers):
-            raise SystemExit("a generator process failed; see its traceback above")
+        share_seeds(_write_phantoms, seeds, options.processes, options.out)
     parser.exit(0, f"done in {time.monotonic() - begin:.0f} s\n")
 
 

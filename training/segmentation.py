@@ -271,6 +271,11 @@ def commit_hash() -> str:
     return run.stdout.strip() or "unknown"
 
 
+def hardware() -> str:
+    """What trains, for the weight's card."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train a segmentation net.")
     parser.add_argument("config", type=Path)

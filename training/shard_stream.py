@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from LCTfoundLib.errors import LCTfoundError
-from LCTfoundLib.networks.conditions import LUNG, MEDIASTINUM, Condition, Disease, Scaling, Window, drop_condition
+from LCTfoundLib.networks.conditions import LUNG, MEDIASTINUM, Condition, Disease, drop_condition
 from LCTfoundLib.networks.foundation import InputRecipe, Slices
 from training.curation.shards import decode_slice
 
@@ -324,14 +324,8 @@ class SliceSampler:
         around = index.neighbors(place) if self.recipe.slices is Slices.NEIGHBORS else [place]
         hu = torch.from_numpy(np.stack([index.read(n) for n in around]))
         placed = self.augmentation.place(hu, rng)
-        image = self.augmentation.shade(_shown(placed, window, self.recipe.scaling), rng)
+        image = self.augmentation.shade(self.recipe(placed, window)[len(around) // 2], rng)
         condition = Condition(window, index.studies[index.study[place]].diseases)
         if self._drop:
             condition = drop_condition(condition, torch.Generator().manual_seed(int(rng.integers(2**62))))
         return Sample(image, condition, number)
-
-
-def _shown(hu: Tensor, window: Window, scaling: Scaling) -> Tensor:
-    """One or three slices (C, H, W) as three channels, -1..1."""
-    recipe = InputRecipe(Slices.NEIGHBORS if len(hu) == 3 else Slices.REPEAT, scaling)
-    return recipe(hu, window)[len(hu) // 2]

@@ -37,9 +37,7 @@ from torch.nn import functional as F
 from LCTfoundLib.errors import WeightError
 from LCTfoundLib.networks.adapter_base import Adapter, fingerprint, plain_parameters
 from LCTfoundLib.networks.cold_diffusion import ColdRestorer
-
-# _walk: the extractor around it cuts gradients off, and a backbone that is tuned needs them.
-from LCTfoundLib.networks.features import DEEP, FeatureExtractor, Features, NoiseSchedule, _walk
+from LCTfoundLib.networks.features import DEEP, FeatureExtractor, Features, NoiseSchedule, block_maps
 from LCTfoundLib.networks.image_condition import ImageCondition
 from LCTfoundLib.networks.lora import LORA_ARCHITECTURE, put_lora, remove_lora, use_lora, working_lora
 from LCTfoundLib.networks.tuned import OutputLayer
@@ -234,7 +232,7 @@ def traced_features(
     rows = torch.arange(count, device=images.device).repeat_interleave(steps)
     times = torch.tensor(recipe.timesteps, device=images.device).repeat(count)
     noisy = NoiseSchedule().add_noise(images[rows], noise[rows], times)
-    maps = _walk(network, noisy, times, embedding[rows], recipe.blocks)
+    maps = block_maps(network, noisy, times, embedding[rows], recipe.blocks)
     return Features(recipe.timesteps, {block: maps[block].unflatten(0, (count, steps)) for block in recipe.blocks})
 
 

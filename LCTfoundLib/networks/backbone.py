@@ -40,6 +40,7 @@ __all__ = [
     "decoder_channels",
     "load_backbone",
     "load_official",
+    "official_weight",
     "parameter_count",
     "save_official",
 ]
@@ -240,7 +241,7 @@ def load_official(folder: Path | str) -> LoadedBackbone:
 
     unet = _unet_folder(Path(folder))
     config = _read_config(unet / _CONFIG_FILE)
-    path = _weight_file(unet)
+    path = official_weight(folder)
     network = _on_meta(config, f"The configuration {unet / _CONFIG_FILE}")
     try:
         with safe_open(path, framework="pt") as file:
@@ -292,7 +293,13 @@ def _unet_folder(folder: Path) -> Path:
     )
 
 
-def _weight_file(unet: Path) -> Path:
+def official_weight(folder: Path | str) -> Path:
+    """The weight file in an official folder, or in its ``unet``.
+
+    Raises:
+        WeightError: it is missing or pickled.
+    """
+    unet = _unet_folder(Path(folder))
     path = unet / _WEIGHT_FILE
     if path.is_file():
         return path

@@ -27,6 +27,7 @@ __all__ = [
     "FREEDOM",
     "LUNG",
     "MEDIASTINUM",
+    "WINDOWS",
     "BertEncoder",
     "BuiltInEncoder",
     "Condition",
@@ -120,6 +121,8 @@ class Window:
 
 LUNG = Window(1500, -500)
 MEDIASTINUM = Window(400, 0)
+#: The windows of the pretraining, by the name a user gives them.
+WINDOWS = {"lung": LUNG, "mediastinal": MEDIASTINUM}
 
 
 @dataclass(frozen=True)

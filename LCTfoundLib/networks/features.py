@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,8 +31,10 @@ __all__ = [
     "NoiseSchedule",
     "Prediction",
     "SinglePassExtractor",
+    "block_maps",
     "distillation_loss",
     "distillation_step",
+    "noise_of",
 ]
 
 #: Timesteps of the published dense adapters.
@@ -87,6 +90,15 @@ class NoiseSchedule:
             table.to(like.device)[timesteps].view(-1, 1, 1, 1).to(like.dtype) for table in (self.signal, self.noise)
         )
         return signal, noise
+
+
+def noise_of(seed: int, number: int, shape: Sequence[int]) -> Tensor:
+    """Standard normal noise of one of many images, on the CPU: the same there for every device and batch.
+
+    Seed and number are mixed, so that image 1 of seed 5 is not image 0 of seed 6.
+    """
+    own = int(np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1, np.uint64)[0])
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(own))
 
 
 @dataclass
@@ -214,7 +226,7 @@ class FeatureExtractor:
             rows, now = slices[start : start + self.batch], times[start : start + self.batch]
             noisy = self.schedule.add_noise(images[rows], noise[rows], now)
             with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-                found = _walk(
+                found = block_maps(
                     self.network, noisy.contiguous(memory_format=self._format), now, embedding[rows], self.blocks
                 )
             for block, maps in found.items():
@@ -224,12 +236,13 @@ class FeatureExtractor:
         return Features(steps, {block: store[block].unflatten(0, (count, len(steps))) for block in self.blocks})
 
 
-def _walk(
+def block_maps(
     network: UNet2DConditionModel, images: Tensor, timesteps: Tensor, embedding: Tensor, blocks: Sequence[int]
 ) -> dict[int, Tensor]:
     """Outputs of blocks, computed no further than the last of them.
 
-    The same as ``network(images, timesteps, embedding)`` up to there, for the options the presets use.
+    The same as ``network(images, timesteps, embedding)`` up to there, for the options the presets use. Gradients go
+    through, where :class:`FeatureExtractor` cuts them off: a backbone that is tuned needs them.
     """
     time = network.time_embedding(network.time_proj(timesteps).to(images.dtype))
     told = network.encoder_hid_proj(embedding)
@@ -312,7 +325,7 @@ class SinglePassExtractor(nn.Module):
         """
         count = len(images)
         times = torch.zeros(count, dtype=torch.long, device=images.device)
-        maps = _walk(self.network, images, times, embedding.expand(count, -1, -1), self.blocks)
+        maps = block_maps(self.network, images, times, embedding.expand(count, -1, -1), self.blocks)
         return Features((0,), {block: maps[block][:, None] for block in self.blocks})
 
     def forward(self, images: Tensor, embedding: Tensor) -> Features:

@@ -23,7 +23,7 @@ from LCTfoundLib.errors import OutOfMemory
 from LCTfoundLib.runtime.device import DeviceChoice, choose_device, free_memory
 from LCTfoundLib.runtime.progress import Progress
 
-__all__ = ["Blend", "is_out_of_memory", "sliding_window", "tile_starts", "tile_weights"]
+__all__ = ["Blend", "is_out_of_memory", "release_memory", "sliding_window", "tile_starts", "tile_weights"]
 
 _log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def sliding_window(
                 raise
             _log.warning("%s with %s", type(error).__name__, plan)
         # Outside of the handler, where its traceback no longer holds the failed run's tensors.
-        _release_memory()
+        release_memory()
         plan = _next_plan(plan, first, multiple)
         if plan.choice.device.type == "cpu" and first.choice.device.type != "cpu":
             progress.warn("The GPU's memory does not suffice; the computation goes on on the CPU and takes longer.")
@@ -227,7 +227,8 @@ def _smaller_tile(tile: Size, multiple: int) -> Size | None:
     return k, j, i
 
 
-def _release_memory() -> None:
+def release_memory() -> None:
+    """Give back what a failed run held, before less is tried."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

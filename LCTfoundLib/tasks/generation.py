@@ -6,7 +6,6 @@ cleanest one -> HU of the window. What comes out shows no patient, and its prove
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import logging
 import math
@@ -24,12 +23,12 @@ import torch
 from torch import Tensor
 
 import LCTfoundLib
-from LCTfoundLib.errors import LCTfoundError, OutOfMemory
-from LCTfoundLib.networks.backbone import CHANNELS
+from LCTfoundLib.errors import LCTfoundError, OutOfMemory, WeightError
+from LCTfoundLib.networks.backbone import CHANNELS, official_weight
 from LCTfoundLib.networks.conditions import (
     FREEDOM,
     LUNG,
-    MEDIASTINUM,
+    WINDOWS,
     Condition,
     ConditionEncoder,
     ConditionError,
@@ -38,11 +37,11 @@ from LCTfoundLib.networks.conditions import (
     Scaling,
     Window,
 )
-from LCTfoundLib.networks.features import NoiseSchedule
+from LCTfoundLib.networks.features import NoiseSchedule, noise_of
 from LCTfoundLib.networks.foundation import STUDENT_WEIGHT, FoundationModel, Slices, load_foundation
 from LCTfoundLib.runtime.device import DeviceChoice, choose_device, free_memory
 from LCTfoundLib.runtime.progress import Progress
-from LCTfoundLib.runtime.tiling import is_out_of_memory
+from LCTfoundLib.runtime.tiling import is_out_of_memory, release_memory
 
 __all__ = [
     "GenerationRequest",
@@ -62,7 +61,6 @@ _MULTIPLE = 16
 _MOST_STEPS = NoiseSchedule.steps
 #: What a user says to name no disease.
 _NO_DISEASE = "no disease"
-_WINDOWS = {"lung": LUNG, "mediastinal": MEDIASTINUM}
 
 _log = logging.getLogger(__name__)
 
@@ -208,13 +206,13 @@ def window_of(text: str) -> Window:
     Raises:
         ConditionError: it is neither.
     """
-    known = _WINDOWS.get(text.strip().lower())
+    known = WINDOWS.get(text.strip().lower())
     if known is not None:
         return known
     try:
         width, level = (float(part) for part in text.split(","))
     except ValueError:
-        names = ", ".join(_WINDOWS)
+        names = ", ".join(WINDOWS)
         raise ConditionError(f"There is no window '{text}'; give {names} or WIDTH,LEVEL such as 400,40.") from None
     return Window(width, level)
 
@@ -407,7 +405,8 @@ class _Generator:
         request, device = self.request, self.choice.device
         self.model.to(device).network.to(memory_format=torch.channels_last)
         predict = NoisePredictor(self.model, request.condition, request.guidance, self.choice)
-        noise = torch.stack([_noise(request.seed, number, request.size) for number in group]).to(device)
+        shape = (CHANNELS, request.size, request.size)
+        noise = torch.stack([noise_of(request.seed, number, shape) for number in group]).to(device)
         found = denoise(predict, noise, request.sampler, request.steps, lambda done: self._tell(group, done))
         if not torch.isfinite(found).all():
             raise LCTfoundError(
@@ -428,9 +427,7 @@ class _Generator:
         Raises:
             OutOfMemory: nothing less is left.
         """
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release_memory()
         if self.batch > 1:
             self.batch //= 2
         elif self.choice.device.type != "cpu":
@@ -443,15 +440,6 @@ class _Generator:
                 f"An image of {self.request.size} pixels does not fit into memory; close other programs or choose a "
                 "smaller size."
             )
-
-
-def _noise(seed: int, number: int, size: int) -> Tensor:
-    """Standard normal (3, size, size) of one image, on the CPU: the same there for every device and batch.
-
-    Seed and number are mixed, so that image 1 of seed 5 is not image 0 of seed 6.
-    """
-    own = int(np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1, np.uint64)[0])
-    return torch.randn(CHANNELS, size, size, generator=torch.Generator().manual_seed(own))
 
 
 def _check_memory(request: GenerationRequest) -> None:
@@ -479,13 +467,11 @@ def _weight(request: GenerationRequest, model: FoundationModel) -> dict[str, Any
 
 def _official_checksum(folder: Path) -> str | None:
     """Of the weight file in an official folder; None if it went away since it was loaded."""
-    for path in (folder / "unet", folder):
-        try:
-            with (path / "diffusion_pytorch_model.safetensors").open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError:
-            continue
-    return None
+    try:
+        with official_weight(folder).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, WeightError):
+        return None
 
 
 def _provenance(

@@ -39,6 +39,7 @@ from LCTfoundLib.networks.backbone import EMBEDDING_SIZE, backbone_config, build
 from LCTfoundLib.networks.features import DEEP, FeatureExtractor, Features
 from LCTfoundLib.networks.lora import CONVOLUTIONS, active_lora, add_lora, save_lora, use_lora
 from LCTfoundLib.weights.registry import Card, DataSource, list_weights, save_weight, verify
+from Testing.engine.toy_backbones import two_levels
 from training.adapters.fit import PROGNOSIS, WHOLE_LUNG, Method, Settings, classification_loss, fit, pixel_loss
 
 CARD = Card(
@@ -70,12 +71,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def shallow():
-    """Two levels: enough to learn something, in a tenth of a second a step."""
-    return a_backbone(
-        block_out_channels=(16, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
+    return two_levels((16, 16), groups=4)
 
 
 def a_trained(adapter: Adapter) -> Adapter:

@@ -10,9 +10,10 @@ import torch
 from torch.nn import functional as F
 
 from LCTfoundLib.networks.adapter_base import BackboneShape, plain_parameters, with_tensors
-from LCTfoundLib.networks.backbone import EMBEDDING_SIZE, backbone_config, build_backbone
+from LCTfoundLib.networks.backbone import EMBEDDING_SIZE
 from LCTfoundLib.networks.cold_diffusion import ColdDiffusion, ColdRestorer, EndState
 from LCTfoundLib.networks.tuned import OutputLayer
+from Testing.engine.toy_backbones import two_levels
 from training.adapters.fit import LOW_DOSE, fit, restoration_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,16 +113,7 @@ class TestWayBack:
 
 @pytest.fixture(scope="module")
 def network():
-    """Two levels: enough to learn something, in a fraction of a second a step."""
-    config = backbone_config(
-        "student",
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        cross_attention_dim=16,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
-    return build_backbone(config).eval()
+    return two_levels()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from LCTfoundLib.networks.adapter_base import BackboneShape, plain_parameters
 from LCTfoundLib.networks.backbone import EMBEDDING_SIZE, backbone_config, build_backbone
 from LCTfoundLib.networks.image_condition import ImageCondition
 from LCTfoundLib.networks.tuned import OutputLayer
+from Testing.engine.toy_backbones import two_levels
 from training.adapters.fit import VIRTUAL_CTA, fit, generation_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,16 +25,7 @@ def seeded(rng) -> None:
 
 @pytest.fixture(scope="module")
 def network():
-    """Two levels: enough to learn something, in a fraction of a second a step."""
-    config = backbone_config(
-        "student",
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        cross_attention_dim=16,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
-    return build_backbone(config).eval()
+    return two_levels()
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ import numpy as np
 import LCTfoundLib
 from LCTfoundLib.anatomy.structures import Lobe
 from LCTfoundLib.errors import LCTfoundError
+from LCTfoundLib.networks.conditions import WINDOWS
 from LCTfoundLib.networks.foundation import FoundationModel, load_foundation
 from LCTfoundLib.runtime.device import DeviceChoice, choose_device
 from training.evaluate.cases import DEFAULT_DATA, MANIFEST, seeds
@@ -48,7 +49,6 @@ from training.evaluate.foundation_report import (
 from training.evaluate.foundation_slices import (
     IGNORE,
     TRAIN_SEED,
-    WINDOWS,
     Labels,
     SliceSet,
     joined,

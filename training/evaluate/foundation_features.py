@@ -18,12 +18,19 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
-from LCTfoundLib.networks.conditions import BuiltInEncoder, Condition, Window
-from LCTfoundLib.networks.features import DEEP, PUBLISHED_TIMESTEPS, PUBLISHED_UP_BLOCKS, FeatureExtractor, Features
+from LCTfoundLib.networks.conditions import WINDOWS, BuiltInEncoder, Condition, Window
+from LCTfoundLib.networks.features import (
+    DEEP,
+    PUBLISHED_TIMESTEPS,
+    PUBLISHED_UP_BLOCKS,
+    FeatureExtractor,
+    Features,
+    noise_of,
+)
 from LCTfoundLib.networks.foundation import FoundationModel
 from LCTfoundLib.runtime.device import DeviceChoice
 from LCTfoundLib.runtime.files import atomic_path
-from training.evaluate.foundation_slices import SIDE, WINDOWS
+from training.evaluate.foundation_slices import SIDE
 
 __all__ = [
     "BackboneFeatures",
@@ -135,13 +142,8 @@ class BackboneFeatures:
             stacks = torch.from_numpy(hu[start : start + size]).float()
             images = torch.cat([self.model.recipe(stack, window)[1:2] for stack in stacks])
             numbers = range(start, start + len(images))
-            noise = torch.stack([_noise(self.settings.seed, number, images.shape[1:]) for number in numbers])
+            noise = torch.stack([noise_of(self.settings.seed, number, images.shape[1:]) for number in numbers])
             yield extractor(images, self._told[window], timesteps, noise=noise)
-
-
-def _noise(seed: int, number: int, shape: Sequence[int]) -> Tensor:
-    own = int(np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1, np.uint64)[0])
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(own))
 
 
 def _moments(features: Features) -> np.ndarray:
@@ -185,7 +187,8 @@ class GrayFeatures:
     def of_slices(self, hu: np.ndarray) -> np.ndarray:
         """Shares of 32 gray levels, window after window."""
         cut = (SIDE - self.settings.side) // 2
-        shown = [_shown(hu[:, 1, cut : SIDE - cut, cut : SIDE - cut], window) for window in WINDOWS.values()]
+        middle = torch.from_numpy(hu[:, 1, cut : SIDE - cut, cut : SIDE - cut])
+        shown = [window.apply(middle).numpy() for window in WINDOWS.values()]
         rows = [
             np.concatenate([np.histogram(plane, 32, (0, 1))[0] / plane.size for plane in planes])
             for planes in zip(*shown, strict=True)
@@ -197,15 +200,11 @@ class GrayFeatures:
         rows, columns = lattice(self.settings.stride).T
         stacks = []
         for window in WINDOWS.values():
-            shown = _shown(hu[:, 1], window)
+            shown = window.apply(torch.from_numpy(hu[:, 1])).numpy()
             for sigma in (0, 1, 2, 4, 8, 16, 32):
                 smooth = ndimage.gaussian_filter(shown, (0, sigma, sigma), mode="nearest") if sigma else shown
                 stacks.append(smooth[:, rows, columns])
         return np.stack(stacks, axis=-1).astype(np.float16)
-
-
-def _shown(hu: np.ndarray, window: Window) -> np.ndarray:
-    return np.clip((hu.astype(np.float32) - (window.level - window.width / 2)) / window.width, 0, 1)
 
 
 def cached(

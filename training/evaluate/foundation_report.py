@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw
 
 from LCTfoundLib.anatomy.structures import Lobe
 from LCTfoundLib.export.slices import draw_text
+from LCTfoundLib.networks.conditions import WINDOWS
 from LCTfoundLib.runtime.files import output_errors
-from training.evaluate.foundation_slices import IGNORE, SIDE, WINDOWS, SliceSet
+from training.evaluate.foundation_slices import IGNORE, SIDE, SliceSet
 from training.evaluate.kernel_distance import KernelDistance, Level
 from training.evaluate.probes import ClassifierScores, Difference, paired_difference, paired_means
 

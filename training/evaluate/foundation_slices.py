@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from LCTfoundLib.errors import LCTfoundError
-from LCTfoundLib.networks.conditions import LUNG, MEDIASTINUM, Window
+from LCTfoundLib.networks.conditions import WINDOWS, Window
 from LCTfoundLib.runtime.files import atomic_path
 from LCTfoundLib.volume import Volume
 from training.evaluate.cases import held_out_scan, lidc_0001, lung1_001, read_canonical
@@ -24,7 +24,6 @@ __all__ = [
     "PIXEL_MM",
     "SIDE",
     "TRAIN_SEED",
-    "WINDOWS",
     "Labels",
     "SliceSet",
     "joined",
@@ -43,8 +42,6 @@ SIDE, PIXEL_MM = 256, 1.5
 IGNORE = 255
 #: First phantom whose labels train a probe; neither pretraining's patients nor anybody's test.
 TRAIN_SEED = 710_000
-#: The windows that are compared, by their name.
-WINDOWS: dict[str, Window] = {"lung": LUNG, "mediastinal": MEDIASTINUM}
 
 _AIR, _BRIGHTEST = -1024, 3071
 
