@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from LCTfoundLib.errors import LCTfoundError
 from LCTfoundLib.networks.conditions import LUNG, MEDIASTINUM, Condition, Disease, drop_condition
 from LCTfoundLib.networks.foundation import InputRecipe, Slices
-from training.curation.shards import decode_slice
+from training.curation.shards import check_end, decode_slice
 
 __all__ = ["Augmentation", "Mixture", "ShardError", "ShardIndex", "Sample", "SliceSampler", "Source", "Study"]
 
@@ -88,6 +88,7 @@ class ShardIndex:
         """Place, length and study of each slice of a shard."""
         known: dict[str, int] = {}
         try:
+            check_end(path)
             with tarfile.open(path, "r:") as archive:
                 plane: tarfile.TarInfo | None = None
                 for entry in archive:

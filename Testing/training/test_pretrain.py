@@ -21,7 +21,7 @@ from LCTfoundLib.errors import OutputError
 from LCTfoundLib.networks.conditions import FREEDOM, LUNG, MEDIASTINUM, Disease, Scaling
 from LCTfoundLib.networks.features import NoiseSchedule, Prediction
 from LCTfoundLib.networks.foundation import InputRecipe, Slices
-from training.curation.shards import ShardWriter
+from training.curation.shards import ShardWriter, read_shard
 from training.pretext import Kind, Pretext, masked_input, pretext_loss
 from training.pretrain import Pretrainer, _Numbers, averaged_weights, main, newest_checkpoint
 from training.shard_stream import Augmentation, Mixture, ShardError, ShardIndex, SliceOrder, SliceSampler, Source
@@ -42,10 +42,8 @@ CONFIG = {
 }
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
+def write_shards(folder: Path, rng: np.random.Generator) -> Path:
     """Five shards of one to three studies; the HU of a slice tell study and place."""
-    folder, rng = tmp_path_factory.mktemp("shards"), np.random.default_rng()
     study = 0
     for number in range(5):
         with ShardWriter(folder) as writer:
@@ -59,6 +57,11 @@ def shards(tmp_path_factory) -> Path:
             staged = writer.close()
         (folder / staged.staging).rename(folder / f"shard-{number}.tar")
     return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards"), np.random.default_rng())
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +146,18 @@ class TestOrder:
         with pytest.raises(ShardError, match="no whole shard|damaged"):
             index = ShardIndex(tmp_path)
             [index.read(n) for n in range(len(index))]
+
+    def test_a_cut_at_any_block_is_told(self, shards, tmp_path):
+        whole = (shards / "shard-2.tar").read_bytes()
+        content = len(whole.rstrip(b"\0"))
+        for size in range(0, content, 512):  # a tar file's unit: nothing in the middle of an entry tells of these
+            (tmp_path / "x.tar").write_bytes(whole[:size])
+            with pytest.raises(ShardError, match="no whole shard"):
+                ShardIndex(tmp_path)
+            with pytest.raises(OutputError, match="no whole shard"):
+                list(read_shard(tmp_path / "x.tar"))
+        (tmp_path / "x.tar").write_bytes(whole)
+        assert len(ShardIndex(tmp_path)) == len(list(read_shard(tmp_path / "x.tar"))) > 0
 
     def test_no_shards_and_no_share(self, shards, tmp_path):
         with pytest.raises(ShardError, match="no shard"):
@@ -330,8 +345,14 @@ class TestTraining:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="several processes talk by gloo")
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
-def test_two_processes_train_as_one(sharded, shards, tmp_path):
-    """Half of each step's samples each; the sums differ in their order only."""
+def test_two_processes_train_as_one(sharded, tmp_path):
+    """Half of each step's samples each; the sums differ in their order only.
+
+    The same slices each time: where a gradient is all but zero, Adam makes a whole step of its last bit, and fresh ones
+    missed the bound in 1 of 15 runs.
+    """
+    (tmp_path / "shards").mkdir()
+    shards = write_shards(tmp_path / "shards", np.random.default_rng(0))
     two = copy.deepcopy(CONFIG)
     two["optimizer"]["accumulate"] = 1
     (tmp_path / "c.toml").write_text(_toml(two))
@@ -353,6 +374,7 @@ def test_two_processes_train_as_one(sharded, shards, tmp_path):
     start, wanted, found = (network | encoder for network, encoder in parts)
     moved = max(float((wanted[key] - start[key]).abs().max()) for key in wanted)
     apart = max(float((wanted[key] - found[key]).abs().max()) for key in wanted)
+    print(f"apart by {apart / moved:.4f} of the way")
     assert apart < 0.05 * moved
 
 

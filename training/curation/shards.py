@@ -27,10 +27,12 @@ from LCTfoundLib.errors import OutputError
 from LCTfoundLib.runtime.files import output_errors
 from training.curation.ledger import PackedShard
 
-__all__ = ["ShardWriter", "decode_slice", "read_shard"]
+__all__ = ["ShardWriter", "check_end", "decode_slice", "read_shard"]
 
 #: Real slices of 512 x 512: level 1 makes 273 kB of 524 kB in 6 ms, level 6 makes 267 kB in 28 ms.
 _COMPRESSION = 1
+#: What a tar file ends with.
+_END = bytes(2 * tarfile.BLOCKSIZE)
 
 
 class ShardWriter:
@@ -136,6 +138,7 @@ def read_shard(path: Path) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
         OutputError: the file is no whole shard.
     """
     try:
+        check_end(path)
         with tarfile.open(path, "r|") as archive:
             plane: np.ndarray | None = None
             for entry in archive:
@@ -149,6 +152,20 @@ def read_shard(path: Path) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
                     plane = None
     except (tarfile.TarError, OSError, ValueError, KeyError) as error:
         raise OutputError(f"{path} is no whole shard ({error}); copy it again, or curate its studies again.") from error
+
+
+def check_end(path: Path) -> None:
+    """Refuse a shard that was cut off: between two entries, tarfile takes that for its end and slices go unnoticed.
+
+    Raises:
+        ValueError: the end is missing.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - len(_END), 0))
+        if file.read() != _END:
+            raise ValueError("its end is missing")
 
 
 def decode_slice(data: bytes) -> np.ndarray:
