@@ -229,7 +229,7 @@ class Augmentation:
         canvas: pixels of a whole slice's side; where it is larger than ``size``, a sample is a random part of it.
         whole: share of samples that show the whole slice all the same, with coarser pixels.
         scale: range of the random scaling.
-        flip: chance, for each in-plane axis.
+        flip: chance, for rows and for columns; (0, 0) with ``turn`` 0 keeps a chest upright, the heart on its side.
         turn: chance of a turn by 90, 180 or 270 degrees.
         gamma: range of the exponent, with the chance ``gamma_share``.
     """
@@ -238,7 +238,7 @@ class Augmentation:
     canvas: int = 256
     whole: float = 0.0
     scale: tuple[float, float] = (0.9, 1.1)
-    flip: float = 0.5
+    flip: tuple[float, float] = (0.5, 0.5)
     turn: float = 0.3
     gamma: tuple[float, float] = (0.97, 1.03)
     gamma_share: float = 0.1
@@ -252,8 +252,8 @@ class Augmentation:
         reach = max(self.canvas - view, 0.0) / self.canvas
         shift = rng.uniform(-reach, reach, 2) if view < self.canvas else rng.uniform(-0.05, 0.05, 2)
         placed = _resampled(square, self.size, view / self.canvas, shift)
-        for axis in (1, 2):
-            if rng.random() < self.flip:
+        for axis, chance in zip((1, 2), self.flip, strict=True):
+            if rng.random() < chance:
                 placed = placed.flip(axis)
         if rng.random() < self.turn:
             placed = placed.rot90(int(rng.integers(1, 4)), (1, 2))

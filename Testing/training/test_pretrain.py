@@ -171,7 +171,7 @@ class TestOrder:
 class TestAugmentation:
     def test_a_sample_is_interpolated_as_scipy_does(self, rng):
         hu = ndimage.gaussian_filter(rng.normal(0, 3000, (3, 48, 48)), (0, 4, 4)).astype(np.float32)
-        plain = Augmentation(40, 48, whole=0.0, scale=(1.0, 1.0), flip=0.0, turn=0.0)
+        plain = Augmentation(40, 48, whole=0.0, scale=(1.0, 1.0), flip=(0, 0), turn=0.0)
         seed = int(rng.integers(1000))
         placed = plain.place(torch.from_numpy(hu), np.random.default_rng(seed)).numpy()
         draws = np.random.default_rng(seed)
@@ -187,14 +187,14 @@ class TestAugmentation:
 
     def test_beyond_the_image_is_air_and_large_slices_are_averaged(self, rng):
         hu = torch.from_numpy(rng.normal(0, 100, (1, 512, 400))).float()
-        placed = Augmentation(64, 64, scale=(1.0, 1.0), flip=0, turn=0).place(hu, rng)
+        placed = Augmentation(64, 64, scale=(1.0, 1.0), flip=(0, 0), turn=0).place(hu, rng)
         assert placed.min() == -1024
         assert float(placed[0, 20:44, 20:44].std()) < 30  # 8 x 8 pixels in one: 100 / 8
 
     def test_turned_samples_show_the_same_slice(self, rng):
         hu = torch.from_numpy(rng.normal(0, 100, (1, 32, 32))).float()
-        still = Augmentation(32, 32, scale=(1.0, 1.0), flip=0, turn=0)
-        turned = Augmentation(32, 32, scale=(1.0, 1.0), flip=0, turn=1)
+        still = Augmentation(32, 32, scale=(1.0, 1.0), flip=(0, 0), turn=0)
+        turned = Augmentation(32, 32, scale=(1.0, 1.0), flip=(0, 0), turn=1)
         seed = int(rng.integers(1000))
         first = still.place(hu, np.random.default_rng(seed))
         second = turned.place(hu, np.random.default_rng(seed))
