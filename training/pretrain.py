@@ -34,6 +34,7 @@ from LCTfoundLib.networks.backbone import backbone_config, build_backbone, param
 from LCTfoundLib.networks.conditions import LUNG, MEDIASTINUM, BertEncoder, BuiltInEncoder, Condition, ConditionEncoder
 from LCTfoundLib.networks.features import NoiseSchedule, Prediction
 from LCTfoundLib.networks.foundation import InputRecipe
+from LCTfoundLib.networks.sampling import Sampler, denoise
 from LCTfoundLib.runtime.files import output_errors
 from training.pretext import Pretext, PretextSample, masked_input, pretext_loss
 from training.segmentation import StopOnSignal, hardware
@@ -349,23 +350,22 @@ class Pretrainer:
     @torch.no_grad()
     def _show(self, board: _Board, steps: int = 20) -> None:
         """A grid of images that the EMA weights draw, both windows, from fixed noise."""
-        from diffusers import DDIMScheduler
-
-        kind = "v_prediction" if self.prediction is Prediction.V else "epsilon"
-        scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, timestep_spacing="trailing", prediction_type=kind)
-        scheduler.set_timesteps(steps)
         size = self._samples.sampler.augmentation.size
         conditions = [Condition(window) for window in (LUNG, LUNG, MEDIASTINUM, MEDIASTINUM)]
         told: list[Condition] | Tensor = conditions
         if self._frozen is not None:
             told = self._frozen.encode(conditions).to(self.device)
-        images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0)).to(self.device)
+
+        def predict(noisy: Tensor, step: int) -> Tensor:
+            timesteps = torch.full((len(noisy),), step, device=self.device)
+            with self.accelerator.autocast():
+                answer = self.model(noisy.contiguous(memory_format=torch.channels_last), timesteps, told)
+            return self.schedule.noise_in(noisy, answer.float(), timesteps, self.prediction)
+
+        noise = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0)).to(self.device)
         with self._averaged():
-            for timestep in scheduler.timesteps:
-                with self.accelerator.autocast():
-                    noise = self.model(images, timestep.to(self.device).expand(4), told)
-                images = scheduler.step(noise.float(), timestep, images).prev_sample
-        board.images("samples", ((images[:, 1:2] + 1) / 2).clamp(0, 1), self.step)
+            images = denoise(predict, noise, Sampler.DPM_SOLVER, steps)
+        board.images("samples", (images[:, 1:2] + 1) / 2, self.step)
 
     def _averaged(self) -> _Averaged:
         return _Averaged(self.ema, self.model)

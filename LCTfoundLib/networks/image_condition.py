@@ -16,12 +16,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from LCTfoundLib.networks.adapter_base import Adapter, BackboneShape, repeated
 from LCTfoundLib.networks.backbone import CHANNELS
-from LCTfoundLib.networks.features import NoiseSchedule
+from LCTfoundLib.networks.features import NoiseSchedule, Prediction
+from LCTfoundLib.networks.sampling import Sampler, denoise
 from LCTfoundLib.networks.side_branch import SideBranch, predict_beside
 
 if TYPE_CHECKING:
@@ -33,20 +33,27 @@ __all__ = ["ImageCondition"]
 class ImageCondition(Adapter):
     """Generates the slice that belongs to a slice."""
 
-    def __init__(self, needs: BackboneShape, width: int = 32, steps: int = 25) -> None:
+    def __init__(
+        self,
+        needs: BackboneShape,
+        width: int = 32,
+        steps: int = 25,
+        prediction: Prediction | str = Prediction.EPSILON,
+    ) -> None:
         """Fresh values: the answer is the backbone's own, whatever the condition.
 
         Args:
             needs: shape of the backbone.
             width: of the branch's finest level.
-            steps: of the sampling, 1 to 1000 (DDIM; Song et al., ICLR 2021).
+            steps: of the sampling, 1 to 1000 (DDIM).
+            prediction: what the backbone answers.
         """
         super().__init__()
         if not 1 <= steps <= NoiseSchedule.steps:
             raise ValueError(f"{steps} steps")
         self.shape, self.width, self.steps = needs, width, steps
         self.branch = SideBranch(needs, CHANNELS, width)
-        self.schedule = NoiseSchedule()
+        self.schedule, self.prediction = NoiseSchedule(), Prediction(prediction)
 
     @property
     def needs(self) -> BackboneShape:
@@ -54,16 +61,16 @@ class ImageCondition(Adapter):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {"width": self.width, "steps": self.steps}
+        return {"width": self.width, "steps": self.steps, "prediction": str(self.prediction)}
 
     @classmethod
     def from_card(cls, needs: Mapping[str, Any], arguments: Mapping[str, Any]) -> ImageCondition:
         return cls(BackboneShape.from_dict(needs), **arguments)
 
-    def noise_in(
+    def predict(
         self, network: UNet2DConditionModel, noisy: Tensor, timesteps: Tensor, embedding: Tensor, condition: Tensor
     ) -> Tensor:
-        """The noise in the wanted slice, predicted.
+        """What the guided backbone answers: the noise in the wanted slice, or v.
 
         Args:
             network: the backbone, with the adapter's tensors.
@@ -77,17 +84,12 @@ class ImageCondition(Adapter):
     def answer(self, network: UNet2DConditionModel, images: Tensor, embedding: Tensor, noise: Tensor) -> Tensor:
         """The slices that belong to ``images``, from ``noise``: (N, 3, H, W), -1..1.
 
-        Deterministic for a given noise. The estimate of the clean slice is kept within -1..1 at every step, which is
-        where slices are.
+        Deterministic for a given noise.
         """
-        spaced = torch.linspace(NoiseSchedule.steps - 1, 0, self.steps).round().long().tolist()
-        x = noise
-        for place, step in enumerate(spaced):
-            predicted = self.noise_in(network, x, repeated(step, images), embedding, images)
-            clean = ((x - self.schedule.noise[step] * predicted) / self.schedule.signal[step]).clamp(-1.0, 1.0)
-            if place + 1 == len(spaced):
-                return clean
-            predicted = (x - self.schedule.signal[step] * clean) / self.schedule.noise[step]
-            below = spaced[place + 1]
-            x = self.schedule.signal[below] * clean + self.schedule.noise[below] * predicted
-        raise AssertionError("at least one step")  # the constructor checks
+
+        def noise_in(noisy: Tensor, step: int) -> Tensor:
+            timesteps = repeated(step, noisy)
+            answer = self.predict(network, noisy, timesteps, embedding, images)
+            return self.schedule.noise_in(noisy, answer, timesteps, self.prediction)
+
+        return denoise(noise_in, noise, Sampler.DDIM, self.steps)

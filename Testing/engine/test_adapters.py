@@ -507,8 +507,10 @@ class TestHost:
             torch.manual_seed(3)
             host.add(kind, LoadedAdapter(one_of(kind, network)))
             answers.append(host.run(kind, images, embedding, seed=7))
+        # Generation multiplies float32's rounding of the noise predicted at timestep 999 by 156.
+        tolerance = 5e-3 if kind == "tuned_generate" else 1e-4
         for other in answers[1:]:
-            torch.testing.assert_close(other, answers[0], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(other, answers[0], rtol=1e-3, atol=tolerance)
 
     def test_half_precision_will_do(self, network, images, embedding):
         for kind in ("layer", "restore"):

@@ -34,17 +34,15 @@ from LCTfoundLib.networks.conditions import (
 )
 from LCTfoundLib.networks.features import Prediction
 from LCTfoundLib.networks.foundation import FoundationModel, InputRecipe, Slices, load_foundation, save_foundation
+from LCTfoundLib.networks.sampling import Sampler, denoise, timesteps
 from LCTfoundLib.runtime.device import choose_device
 from LCTfoundLib.runtime.progress import CancelToken, Progress
 from LCTfoundLib.tasks.generation import (
     GenerationRequest,
     NoisePredictor,
-    Sampler,
-    denoise,
     diseases_of,
     generate_images,
     sampler_of,
-    timesteps,
     window_of,
 )
 from LCTfoundLib.weights.registry import Card, DataSource
@@ -245,7 +243,6 @@ class TestGuidance:
             found = self.predictor(model, guidance)(images, 500)
         assert rows == [2]
         torch.testing.assert_close(found, self.both(model, images, 500)[which], atol=1e-5, rtol=1e-5)
-
 
     def test_a_backbone_of_v_tells_the_noise_too(self, model, rng):
         images = torch.from_numpy(rng.standard_normal((2, 3, 32, 32)).astype(np.float32))

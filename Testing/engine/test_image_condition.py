@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from LCTfoundLib.networks.adapter_base import BackboneShape, plain_parameters
 from LCTfoundLib.networks.backbone import EMBEDDING_SIZE, backbone_config, build_backbone
+from LCTfoundLib.networks.features import Prediction
 from LCTfoundLib.networks.image_condition import ImageCondition
+from LCTfoundLib.networks.sampling import timesteps
 from LCTfoundLib.networks.tuned import OutputLayer
 from Testing.engine.toy_backbones import two_levels
 from training.adapters.fit import VIRTUAL_CTA, fit, generation_loss
@@ -84,13 +87,13 @@ class TestBranch:
         timesteps, told = torch.tensor([0, 700]), embedding.expand(2, -1, -1)
         with torch.no_grad():
             alone = network(noisy, timesteps, encoder_hidden_states=told).sample
-            assert torch.equal(adapter.noise_in(network, noisy, timesteps, told, slices), alone)
+            assert torch.equal(adapter.predict(network, noisy, timesteps, told, slices), alone)
 
     def test_slice_and_timestep_count(self, network, slices, embedding):
         adapter, noisy, told = a_trained(network), torch.randn_like(slices), embedding.expand(2, -1, -1)
         steps = torch.tensor([10, 10])
         with torch.no_grad():
-            plain, other = (adapter.noise_in(network, noisy, steps, told, given) for given in (slices, -slices))
+            plain, other = (adapter.predict(network, noisy, steps, told, given) for given in (slices, -slices))
             assert not torch.allclose(plain, other, atol=1e-4)
             # The branch's own part knows the step too, not only the backbone.
             near, far = (adapter.branch(slices, torch.randn(2, 64)) for _ in range(2))
@@ -118,35 +121,59 @@ class TestBranch:
 
 class TestSampling:
     def test_it_is_ddim(self, network, slices, embedding):
-        """Against diffusers' scheduler on the same timesteps; it, too, keeps the estimate within -1..1."""
-        from diffusers import DDIMScheduler
-
+        """Against a loop in double precision; the estimate of the clean slice is kept within -1..1."""
         adapter, noise, told = a_trained(network, 6), torch.randn_like(slices), embedding.expand(2, -1, -1)
-        scheduler = DDIMScheduler(1000, timestep_spacing="linspace", set_alpha_to_one=True)
-        scheduler.set_timesteps(6)
-        x, steps = noise, scheduler.timesteps.tolist()
+        betas = np.linspace(1e-4, 0.02, 1000)
+        kept, steps, x = np.cumprod(1 - betas), timesteps(6), noise.double()
         with torch.no_grad():
-            for place, step in enumerate(steps):
-                predicted = adapter.noise_in(network, x, torch.tensor([step, step]), told, slices)
-                # Its own step width is an equal one, a timestep off from linspace's rounded one.
-                kept = scheduler.alphas_cumprod[step]
-                clean = ((x - (1 - kept).sqrt() * predicted) / kept.sqrt()).clamp(-1, 1)
-                predicted = (x - kept.sqrt() * clean) / (1 - kept).sqrt()
-                kept = scheduler.alphas_cumprod[steps[place + 1]] if place + 1 < len(steps) else torch.tensor(1.0)
-                x = kept.sqrt() * clean + (1 - kept).sqrt() * predicted
+            for step, below in zip(steps, [*steps[1:], None], strict=True):
+                predicted = adapter.predict(network, x.float(), torch.tensor([step, step]), told, slices).double()
+                clean = ((x - (1 - kept[step]) ** 0.5 * predicted) / kept[step] ** 0.5).clamp(-1, 1)
+                predicted = (x - kept[step] ** 0.5 * clean) / (1 - kept[step]) ** 0.5
+                left = 1.0 if below is None else kept[below]
+                x = left**0.5 * clean + (1 - left) ** 0.5 * predicted
             found = adapter.run(network, slices, embedding, noise)
-        torch.testing.assert_close(found, x, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found, x.float(), rtol=1e-3, atol=1e-3)
 
-    def test_with_a_perfect_prediction_the_wanted_slice_comes_back(self, network, slices, embedding, monkeypatch):
-        adapter, wanted = a_trained(network, 20), -0.9 * slices.flip(1)
+    @pytest.mark.parametrize("prediction", Prediction)
+    def test_with_a_perfect_prediction_the_wanted_slice_comes_back(
+        self, network, slices, embedding, monkeypatch, prediction
+    ):
+        adapter, wanted = ImageCondition(BackboneShape.of(network), 8, 20, prediction), -0.9 * slices.flip(1)
 
         def perfect(network, noisy, timesteps, embedding, condition):
-            signal = adapter.schedule.signal[timesteps].view(-1, 1, 1, 1)
-            return (noisy - signal * wanted) / adapter.schedule.noise[timesteps].view(-1, 1, 1, 1)
+            signal, share = (
+                table[timesteps].view(-1, 1, 1, 1) for table in (adapter.schedule.signal, adapter.schedule.noise)
+            )
+            noise = (noisy - signal * wanted) / share
+            return noise if prediction is Prediction.EPSILON else signal * noise - share * wanted
 
-        monkeypatch.setattr(adapter, "noise_in", perfect)
+        monkeypatch.setattr(adapter, "predict", perfect)
         found = adapter.run(network, slices, embedding, torch.randn_like(slices))
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-3)
+
+    def test_the_loss_asks_for_what_the_backbone_answers(self, network, slices, embedding):
+        """A network that answers 0: the loss is the mean square of the target, which for v holds the slice."""
+        silent = copy.deepcopy(network)
+        for parameter in silent.conv_out.parameters():
+            parameter.data.zero_()
+        batch = {"condition": slices, "wanted": torch.full_like(slices, 0.7), "embedding": embedding}
+        for prediction in Prediction:
+            adapter = ImageCondition(BackboneShape.of(network), 8, prediction=prediction)
+            found = float(generation_loss(adapter, silent, batch, torch.Generator().manual_seed(3)))
+            generator = torch.Generator().manual_seed(3)
+            noise = torch.randn(slices.shape, generator=generator)
+            steps = torch.randint(0, 1000, (2,), generator=generator)
+            target = noise
+            if prediction is Prediction.V:
+                kept = torch.tensor(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))[steps].view(-1, 1, 1, 1)
+                target = kept.sqrt() * noise - (1 - kept).sqrt() * batch["wanted"]
+            assert found == pytest.approx(float((target**2).mean()), rel=1e-4)
+
+    def test_its_card_tells_what_the_backbone_answers(self, network):
+        adapter = ImageCondition(BackboneShape.of(network), 8, prediction=Prediction.V)
+        card = adapter.described()
+        assert ImageCondition.from_card(card["needs"], card["arguments"]).prediction is Prediction.V
 
     def test_it_stays_within_the_window(self, network, slices, embedding):
         with torch.no_grad():

@@ -279,7 +279,7 @@ def _two_estimates(
 def generation_loss(
     adapter: Adapter, network: UNet2DConditionModel, batch: Batch, generator: torch.Generator
 ) -> Tensor:
-    """Squared error of the predicted noise: ``condition`` and ``wanted``, both (N, 3, H, W), -1..1."""
+    """Squared error of the predicted noise or v: ``condition`` and ``wanted``, both (N, 3, H, W), -1..1."""
     if not isinstance(adapter, ImageCondition):
         raise TypeError(f"a {type(adapter).__name__} generates nothing")
     condition, wanted = batch["condition"], batch["wanted"]
@@ -287,5 +287,5 @@ def generation_loss(
     timesteps = torch.randint(0, NoiseSchedule.steps, (len(wanted),), generator=generator, device=wanted.device)
     noisy = adapter.schedule.add_noise(wanted, noise, timesteps)
     embedding = batch["embedding"].expand(len(wanted), -1, -1)
-    predicted = with_tensors(network, adapter.tensors(), adapter.noise_in, noisy, timesteps, embedding, condition)
-    return F.mse_loss(predicted.float(), noise)
+    predicted = with_tensors(network, adapter.tensors(), adapter.predict, noisy, timesteps, embedding, condition)
+    return F.mse_loss(predicted.float(), adapter.schedule.target(wanted, noise, timesteps, adapter.prediction))

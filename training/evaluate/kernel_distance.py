@@ -180,18 +180,35 @@ class FixedNet:
         widths = self.network.config.channels
         return slice(sum(widths[:-1]) if level is Level.DEEPEST else 0, sum(widths))
 
+    @torch.inference_mode()
+    def maps(self, plane: Tensor) -> list[Tensor]:
+        """Encoder maps of one slice, finest first.
+
+        Args:
+            plane: HU (H, W) of 1.5 mm pixels, H and W multiples of 16.
+
+        Returns:
+            float32 (C, H / 2^level, W / 2^level) on the CPU: the middle plane of the slab of like slices that a 3D net
+            needs.
+        """
+        return [found[0, :, found.shape[2] // 2].cpu() for found in self._levels(plane)]
+
     def _encoded(self, plane: Tensor) -> Tensor:
+        return torch.cat([found.mean(dim=(2, 3, 4)) for found in self._levels(plane)], dim=1).cpu()
+
+    def _levels(self, plane: Tensor) -> list[Tensor]:
+        """Of each encoder, float32 (1, C, D, H, W)."""
         depth = self.network.config.divisor
         slab = plane.to(self.choice.device).expand(depth, -1, -1)
         origin = tuple(-step * (count - 1) / 2 for step, count in zip((PIXEL_MM,) * 3, slab.shape[::-1], strict=True))
         x = network_input(slab, (PIXEL_MM,) * 3, origin, _BOX)[None].contiguous(memory_format=torch.channels_last_3d)
         half = self.choice.dtype != torch.float32
+        found = []
         with torch.autocast(self.choice.device.type, self.choice.dtype, enabled=half):
             x = self.network.stem(x)
-            means = []
             for level, encoder in enumerate(self.network.encoders):
                 x = encoder(x)
-                means.append(x.float().mean(dim=(2, 3, 4)))
+                found.append(x.float())
                 if level < len(self.network.downs):
                     x = self.network.downs[level](x)
-        return torch.cat(means, dim=1).cpu()
+        return found
