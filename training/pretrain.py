@@ -193,7 +193,8 @@ class Pretrainer:
         pretext = Pretext.from_dict(config.get("pretext", {}))
         augmentation = Augmentation(**_tuples(config["augmentation"]))
         self.mixture = Mixture(sources, self.seed)
-        self._samples = _Samples(SliceSampler(self.mixture, augmentation, self.recipe, self.seed), pretext)
+        sampler = SliceSampler(self.mixture, augmentation, self.recipe, self.seed, windows=config.get("windows"))
+        self._samples = _Samples(sampler, pretext)
         self._validation = _validation_batches(validation, augmentation, self.recipe) if validation else []
         self._workers = workers
         self.step, self.seconds, self._waited = 0, 0.0, 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from LCTfoundLib.errors import LCTfoundError
-from LCTfoundLib.networks.conditions import LUNG, MEDIASTINUM, Condition, Disease, drop_condition
+from LCTfoundLib.networks.conditions import WIDE, WINDOWS, Condition, Disease, drop_condition
 from LCTfoundLib.networks.foundation import InputRecipe, Slices
 from training.curation.shards import check_end, decode_slice
 
@@ -28,6 +28,7 @@ __all__ = ["Augmentation", "Mixture", "ShardError", "ShardIndex", "Sample", "Sli
 _AIR = -1024
 #: A label with a higher probability is told to the backbone; what is packed has passed the gate of 0.9.
 _LABEL_THRESHOLD = 0.5
+_WINDOWS = WINDOWS | {"wide": WIDE}
 _TERMS = {disease.value: disease for disease in Disease}
 
 
@@ -304,14 +305,29 @@ class SliceSampler:
     """Samples by their number."""
 
     def __init__(
-        self, mixture: Mixture, augmentation: Augmentation, recipe: InputRecipe, seed: int, drop: bool = True
+        self,
+        mixture: Mixture,
+        augmentation: Augmentation,
+        recipe: InputRecipe,
+        seed: int,
+        drop: bool = True,
+        windows: Mapping[str, float] | None = None,
     ) -> None:
         """Set up.
 
         Args:
             drop: forget conditions at random, as in training.
+            windows: share of each by its name, ``wide`` among them; the published two in halves if not given.
+
+        Raises:
+            ShardError: a window's name is unknown, or a share is none.
         """
         self.mixture, self.augmentation, self.recipe, self.seed, self._drop = mixture, augmentation, recipe, seed, drop
+        shares = dict(windows or {"lung": 0.5, "mediastinal": 0.5})
+        if not shares.keys() <= _WINDOWS.keys() or min(shares.values()) < 0 or sum(shares.values()) <= 0:
+            raise ShardError(f"The windows {shares} must be of {', '.join(_WINDOWS)}, with shares above 0.")
+        self._windows = [_WINDOWS[name] for name in shares]
+        self._window_ends = np.cumsum(list(shares.values())) / sum(shares.values())
 
     def __call__(self, number: int) -> Sample:
         """The sample of a number: window drawn, slices read, augmented.
@@ -321,7 +337,7 @@ class SliceSampler:
         """
         rng = np.random.default_rng([self.seed, number])
         index, place = self.mixture(number)
-        window = LUNG if rng.random() < 0.5 else MEDIASTINUM
+        window = self._windows[int(np.searchsorted(self._window_ends, rng.random(), side="right"))]
         around = index.neighbors(place) if self.recipe.slices is Slices.NEIGHBORS else [place]
         hu = torch.from_numpy(np.stack([index.read(n) for n in around]))
         placed = self.augmentation.place(hu, rng)

@@ -27,6 +27,7 @@ __all__ = [
     "FREEDOM",
     "LUNG",
     "MEDIASTINUM",
+    "WIDE",
     "WINDOWS",
     "BertEncoder",
     "BuiltInEncoder",
@@ -123,6 +124,8 @@ LUNG = Window(1500, -500)
 MEDIASTINUM = Window(400, 0)
 #: The windows of the pretraining, by the name a user gives them.
 WINDOWS = {"lung": LUNG, "mediastinal": MEDIASTINUM}
+#: From air to bone, for images that are measured rather than looked at: the prior of reconstructions.
+WIDE = Window(width=2000.0, level=0.0)
 
 
 @dataclass(frozen=True)

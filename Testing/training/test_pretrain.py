@@ -18,7 +18,7 @@ import torch
 from scipy import ndimage
 
 from LCTfoundLib.errors import OutputError
-from LCTfoundLib.networks.conditions import FREEDOM, LUNG, MEDIASTINUM, Disease, Scaling
+from LCTfoundLib.networks.conditions import FREEDOM, LUNG, MEDIASTINUM, WIDE, Disease, Scaling
 from LCTfoundLib.networks.features import NoiseSchedule, Prediction
 from LCTfoundLib.networks.foundation import InputRecipe, Slices
 from training.curation.shards import ShardWriter, read_shard
@@ -137,6 +137,17 @@ class TestOrder:
         assert 0 < sum(condition == FREEDOM for condition in told) < 45
         assert 90 < sum(bool(condition.diseases) for condition in told) < 200
         assert {condition.window for condition in told} == {None, LUNG, MEDIASTINUM}
+
+    def test_windows_in_their_shares(self, shards):
+        mixture, shares = Mixture([Source(shards)], 0), {"wide": 0.6, "lung": 0.4}
+        sampler = SliceSampler(mixture, Augmentation(16, 32), RECIPE, 0, drop=False, windows=shares)
+        drawn = [sampler(n) for n in range(300)]
+        wide = [sample for sample in drawn if sample.condition.window == WIDE]
+        assert {sample.condition.window for sample in drawn} == {WIDE, LUNG}
+        assert abs(len(wide) - 180) < 45  # five standard deviations
+        for unknown in ({"bone": 1.0}, {"lung": 0.0}, {"lung": 1.0, "wide": -0.5}):
+            with pytest.raises(ShardError, match="windows"):
+                SliceSampler(mixture, Augmentation(16, 32), RECIPE, 0, windows=unknown)
 
     @pytest.mark.parametrize("damage", ["cut", "empty", "noise"])
     def test_damaged_shards_are_told(self, damage, shards, tmp_path, rng):
