@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from LCTfoundLib.networks.foundation import InputRecipe, save_foundation
 from LCTfoundLib.weights.registry import Card, DataSource
 from training.pretrain import averaged_weights, newest_checkpoint
 from training.segmentation import commit_hash
+from training.shard_stream import Augmentation
 
 __all__ = ["LICENSES", "export_backbone", "main", "strictest"]
 
@@ -32,6 +34,8 @@ _NAMES = {
     "TotalSegmentator_aorta_example": "TotalSegmentator's example CT of an aorta",
     "tcga_luad_100slices": "TCGA-LUAD, single slices (The Cancer Imaging Archive)",
 }
+#: Settings of the augmentation that tell how large a whole slice was.
+_SIZES = ("size", "canvas", "whole")
 _LIMITS = (
     "Research use, no medical device. Images it draws are synthetic and no patient's. Its channels are three "
     "neighboring slices. Trained for a short time on a CPU, mostly on synthetic chests: its images lack fine detail, "
@@ -96,11 +100,15 @@ def export_backbone(
             "seconds": round(told["seconds"]),
             "slices_per_step": config["optimizer"]["batch"] * config["optimizer"].get("accumulate", 1),
             "pretext": config.get("pretext", {}),
-            "size": config["augmentation"]["size"],
+            "windows": config.get("windows", {}),
+            "augmentation": config["augmentation"],
+            "begun_from": told.get("begun_from"),
             "processes": told["processes"],
         },
     )
-    recipe = InputRecipe.from_dict(config["input"])
+    shown = Augmentation(**{key: value for key, value in config["augmentation"].items() if key in _SIZES})
+    side = shown.size if shown.whole > 0 else max(shown.size, shown.canvas)
+    recipe = replace(InputRecipe.from_dict(config["input"]), side=side)
     arguments = backbone_config(config["preset"], **config.get("network", {}))
     prediction = Prediction(config.get("prediction", Prediction.EPSILON))
     return save_foundation(network, encoder, arguments, recipe, card, out, prediction)

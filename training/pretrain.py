@@ -198,6 +198,8 @@ class Pretrainer:
         self._validation = _validation_batches(validation, augmentation, self.recipe) if validation else []
         self._workers = workers
         self.step, self.seconds, self._waited = 0, 0.0, 0.0
+        #: The run whose weights this one began with: its steps, their size, and what it had begun with itself.
+        self.begun_from: dict[str, Any] | None = None
         self._resume()
 
     @property
@@ -420,6 +422,7 @@ class Pretrainer:
         if self.accelerator.is_main_process:
             told = {"step": self.step, "seconds": self.seconds, "config": _plain(self.config)}
             told |= {"data": self.mixture.data, "processes": self.accelerator.num_processes}
+            told |= {"begun_from": self.begun_from}
             with output_errors(self.run):
                 torch.save(averaged, staging / _EMA_FILE)
                 (staging / "progress.json").write_text(json.dumps(told, indent=2))
@@ -444,6 +447,7 @@ class Pretrainer:
             self.ema.load_state_dict(state | {"shadow_params": [_like(value, shadow) for value, shadow in shadows]})
             self.ema.to(self.device)
             self.step, self.seconds = int(told["step"]), float(told["seconds"])
+            self.begun_from = told.get("begun_from")
             _log.info("resumed at step %d", self.step)
         self._first_step, self._first_seconds = self.step, self.seconds
 
@@ -463,6 +467,11 @@ class Pretrainer:
             for parameter, value in zip(self.model.parameters(), state["shadow_params"], strict=True):
                 parameter.copy_(_like(value, parameter))
         self.ema = _ema(self.model, float(self.config["optimizer"].get("ema", 0.9999)))
+        told = json.loads((checkpoint / "progress.json").read_text())
+        optimizer = told["config"]["optimizer"]
+        self.begun_from = {key: told.get(key) for key in ("step", "seconds", "data", "begun_from")} | {
+            "slices_per_step": optimizer["batch"] * optimizer.get("accumulate", 1) * told["processes"]
+        }
 
 
 def newest_checkpoint(run: Path) -> Path | None:

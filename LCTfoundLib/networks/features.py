@@ -92,12 +92,13 @@ class NoiseSchedule:
         return signal, noise
 
 
-def noise_of(seed: int, number: int, shape: Sequence[int]) -> Tensor:
+def noise_of(seed: int, number: int, shape: Sequence[int], draw: int = 0) -> Tensor:
     """Standard normal noise of one of many images, on the CPU: the same there for every device and batch.
 
-    Seed and number are mixed, so that image 1 of seed 5 is not image 0 of seed 6.
+    Seed and number are mixed, so that image 1 of seed 5 is not image 0 of seed 6. ``draw`` counts an image's draws.
     """
-    own = int(np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(1, np.uint64)[0])
+    key = (number, draw) if draw else (number,)
+    own = int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
     return torch.randn(*shape, generator=torch.Generator().manual_seed(own))
 
 

@@ -50,10 +50,17 @@ class Slices(StrEnum):
 
 @dataclass(frozen=True)
 class InputRecipe:
-    """How slices in HU become the backbone's input. The defaults are the official checkpoint's."""
+    """How slices in HU become the backbone's input. The defaults are the official checkpoint's.
+
+    Attributes:
+        slices: what the channels are.
+        scaling: of HU to -1..1.
+        side: pixels of a side of the whole slices it was trained with.
+    """
 
     slices: Slices = Slices.REPEAT
     scaling: Scaling = Scaling.SLICE
+    side: int = 256
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> InputRecipe:
@@ -62,7 +69,10 @@ class InputRecipe:
         Raises:
             ValueError: a value is unknown.
         """
-        return cls(Slices(values["slices"]), Scaling(values["scaling"]))
+        side = int(values.get("side", cls.side))
+        if side < 1:
+            raise ValueError(f"a side of {side} pixels")
+        return cls(Slices(values["slices"]), Scaling(values["scaling"]), side)
 
     def __call__(self, hu: Tensor, window: Window) -> Tensor:
         """Consecutive slices (K, H, W) to the backbone's input (K, 3, H, W), -1..1."""

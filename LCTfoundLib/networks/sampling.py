@@ -26,8 +26,8 @@ class Sampler(StrEnum):
     UNIPC = "unipc"
 
 
-def timesteps(steps: int) -> list[int]:
-    """The training's timesteps a sampler visits, falling from 999 to 0, evenly spaced in log signal-to-noise ratio.
+def timesteps(steps: int, first: int = NoiseSchedule.steps - 1) -> list[int]:
+    """The training's timesteps a sampler visits, falling from the first to 0, evenly in log signal-to-noise ratio.
 
     Evenly in time is the schedulers' own way ("trailing", "linspace"), but then 20 steps jump from timestep 49, with
     17 % of noise, straight to the image. On data whose standard deviation is known (Gaussian, exact prediction), 20
@@ -36,15 +36,16 @@ def timesteps(steps: int) -> list[int]:
     "leading" would moreover start from pure noise at timestep 950, where the network expects a trace of an image.
 
     Args:
-        steps: 1 to 1000; 1000 visits all.
+        steps: 1 to ``first`` + 1, which visits all.
+        first: the noisiest.
     """
     schedule = NoiseSchedule()
     ratio = (schedule.signal.double().log() - schedule.noise.double().log()).numpy()
-    even = np.linspace(ratio[0], ratio[-1], steps) if steps > 1 else ratio[-1:]
+    even = np.linspace(ratio[0], ratio[first], steps) if steps > 1 else ratio[[first]]
     nearest = np.rint(np.interp(-even, -ratio, np.arange(schedule.steps))).astype(int)
     # Near both ends the ratio changes faster than whole timesteps can follow: each one is visited once at most.
     number = np.arange(steps)
-    skipped = np.minimum(np.maximum.accumulate(nearest - number), schedule.steps - steps)
+    skipped = np.minimum(np.maximum.accumulate(nearest - number), first + 1 - steps)
     return [int(step) for step in (number + skipped)[::-1]]
 
 
@@ -54,8 +55,10 @@ def denoise(
     sampler: Sampler,
     steps: int,
     told: Callable[[int], None] = lambda done: None,
+    start: Tensor | None = None,
+    first: int = NoiseSchedule.steps - 1,
 ) -> Tensor:
-    """Turn noise into images.
+    """Turn noise into images, or give images new detail (SDEdit; Meng et al., ICLR 2022).
 
     The clean image behind each prediction is held within -1..1 ("static thresholding" of Imagen, Saharia et al.,
     NeurIPS 2022), alike in all samplers: at timestep 999 an error of 0.01 in the predicted noise is 1.6 in the image.
@@ -64,15 +67,17 @@ def denoise(
         predict: noise in (N, C, H, W) at a timestep of the training.
         noise: float32 (N, C, H, W), standard normal.
         sampler: one of the three.
-        steps: 1 to 1000.
+        steps: 1 to ``first`` + 1.
         told: called with the number of finished steps before each.
+        start: images (N, C, H, W) to begin with, under as much noise as ``first`` has; None begins with noise alone.
+        first: timestep to begin at.
 
     Returns:
         (N, C, H, W), -1..1.
     """
-    schedule, times = NoiseSchedule(), timesteps(steps)
+    schedule, times = NoiseSchedule(), timesteps(steps, first)
     scheduler = _scheduler(sampler, schedule, times)
-    images = noise
+    images = noise if start is None else float(schedule.signal[first]) * start + float(schedule.noise[first]) * noise
     for number, (place, step) in enumerate(zip(scheduler.timesteps, times, strict=True)):
         told(number)
         signal, share = float(schedule.signal[step]), float(schedule.noise[step])

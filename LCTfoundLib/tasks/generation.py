@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import LCTfoundLib
 from LCTfoundLib.errors import LCTfoundError, OutOfMemory, WeightError
@@ -47,15 +48,19 @@ __all__ = [
     "GenerationRequest",
     "GenerationResult",
     "NoisePredictor",
+    "Stage",
     "diseases_of",
     "generate_images",
     "sampler_of",
+    "stages",
     "window_of",
 ]
 
 #: Image sides are multiples of this: the backbone halves them four times.
 _MULTIPLE = 16
 _MOST_STEPS = NoiseSchedule.steps
+#: Timestep that an enlarged image's new detail begins at: half of it noise, which hides what enlarging blurred.
+_DETAIL_FROM = 250
 #: What a user says to name no disease.
 _NO_DISEASE = "no disease"
 
@@ -70,7 +75,9 @@ class GenerationRequest:
         window: the images are made in.
         diseases: they may show; empty names none.
         count: of images.
-        size: pixels of a side, a multiple of 16.
+        size: pixels of a side, a multiple of 16. An image larger than the whole slices that the backbone was trained
+            with is made at half the size, enlarged, and given its detail by some steps more: at once it would be a
+            patchwork of chests.
         sampler: see ``Sampler``.
         steps: of the sampler, 1 to 1000.
         guidance: 1 follows the condition as learned, more exaggerates it at twice the time, 0 ignores it.
@@ -234,6 +241,37 @@ def sampler_of(name: str) -> Sampler:
 # -- sampling --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Of the making of an image.
+
+    Attributes:
+        side: pixels.
+        first: timestep it begins at.
+        steps: of the sampler.
+    """
+
+    side: int
+    first: int
+    steps: int
+
+
+def stages(request: GenerationRequest, whole: int) -> list[Stage]:
+    """A whole image of a size that the backbone knows, then doubled and detailed up to the size asked for.
+
+    Args:
+        request: its size and steps.
+        whole: pixels of a side of the whole slices the backbone was trained with.
+    """
+    sides = [request.size]
+    while sides[0] > whole and sides[0] % (2 * _MULTIPLE) == 0:
+        sides.insert(0, sides[0] // 2)
+    # As many steps as the sampler has for that range of noise.
+    later = sum(step <= _DETAIL_FROM for step in timesteps(request.steps))
+    detail = [Stage(side, _DETAIL_FROM, min(max(later, 1), _DETAIL_FROM + 1)) for side in sides[1:]]
+    return [Stage(sides[0], _MOST_STEPS - 1, request.steps), *detail]
+
+
 class NoisePredictor:
     """The backbone's prediction for one condition, guided against telling nothing (Ho and Salimans, 2022).
 
@@ -284,6 +322,7 @@ class _Generator:
     ) -> None:
         self.request, self.model, self.choice, self.progress = request, model, choice, progress
         self.batch = min(request.batch, request.count)
+        self.stages = stages(request, model.recipe.side)
         self.images = torch.empty(request.count, CHANNELS, request.size, request.size)
 
     def all(self) -> Tensor:
@@ -308,9 +347,18 @@ class _Generator:
         request, device = self.request, self.choice.device
         self.model.to(device).network.to(memory_format=torch.channels_last)
         predict = NoisePredictor(self.model, request.condition, request.guidance, self.choice)
-        shape = (CHANNELS, request.size, request.size)
-        noise = torch.stack([noise_of(request.seed, number, shape) for number in group]).to(device)
-        found = denoise(predict, noise, request.sampler, request.steps, lambda done: self._tell(group, done))
+        found: Tensor | None = None
+        for draw, stage in enumerate(self.stages):
+            shape = (CHANNELS, stage.side, stage.side)
+            noise = torch.stack([noise_of(request.seed, number, shape, draw) for number in group]).to(device)
+            if found is not None:
+                found = F.interpolate(found, size=shape[1:], mode="bicubic", align_corners=False).clamp(-1.0, 1.0)
+
+            def tell(done: int, draw: int = draw) -> None:
+                self._tell(group, draw, done)
+
+            found = denoise(predict, noise, request.sampler, stage.steps, tell, found, stage.first)
+        assert found is not None
         if not torch.isfinite(found).all():
             raise LCTfoundError(
                 f"The backbone's numbers ran out of the range of {self.choice.precision.value}; choose precision fp32, "
@@ -318,11 +366,12 @@ class _Generator:
             )
         return found
 
-    def _tell(self, group: range, steps: int) -> None:
+    def _tell(self, group: range, draw: int, steps: int) -> None:
         count = self.request.count
         which = f"{group.start + 1}" + (f"-{group.stop}" if len(group) > 1 else "")
-        share = (group.start + len(group) * steps / self.request.steps) / count
-        self.progress.update(share, f"Generating image {which} of {count}")
+        work = [stage.steps * stage.side**2 for stage in self.stages]
+        done = (sum(work[:draw]) + steps * self.stages[draw].side ** 2) / sum(work)
+        self.progress.update((group.start + len(group) * done) / count, f"Generating image {which} of {count}")
 
     def _take_less(self) -> None:
         """A smaller batch, then the CPU.
@@ -394,7 +443,10 @@ def _provenance(
         "size": request.size,
         "sampler": request.sampler.value,
         "steps": request.steps,
-        "timesteps": timesteps(request.steps),
+        "stages": [
+            {"size": stage.side, "timesteps": timesteps(stage.steps, stage.first)}
+            for stage in stages(request, model.recipe.side)
+        ],
         "guidance": request.guidance,
         "seed": request.seed,
         "channels": model.recipe.slices.value,

@@ -43,6 +43,7 @@ from LCTfoundLib.tasks.generation import (
     diseases_of,
     generate_images,
     sampler_of,
+    stages,
     window_of,
 )
 from LCTfoundLib.weights.registry import Card, DataSource
@@ -109,6 +110,12 @@ class TestTimesteps:
         gaps = np.diff(np.log(kept / (1 - kept)))
         assert np.ptp(gaps) < 0.35 * gaps.mean()  # timesteps are whole numbers: near 0 they cannot be more even
 
+    @pytest.mark.parametrize(("first", "steps"), [(250, 1), (250, 9), (250, 251), (0, 1), (400, 20)])
+    def test_a_later_beginning(self, first, steps):
+        times = timesteps(steps, first)
+        assert len(times) == steps and times[0] == first and all(a > b for a, b in zip(times, times[1:], strict=False))
+        assert times[-1] == 0 or steps == 1
+
 
 def gaussian(mean: float, deviation: float):
     """The best possible prediction of the noise in images whose pixels are N(mean, deviation^2).
@@ -141,6 +148,20 @@ class TestSamplers:
         found = denoise(gaussian(0.0, deviation), noise, sampler, 20).std()
         assert float(found / noise.std()) == pytest.approx(deviation, rel=most)
         assert float(denoise(gaussian(0.0, deviation), noise, Sampler.DDIM, 20).std()) < 0.93 * float(found)
+
+    @pytest.mark.parametrize("sampler", Sampler)
+    def test_enlarged_images_get_the_detail_of_the_data_and_keep_what_they_show(self, sampler, rng):
+        """Fine detail N(0, 0.1^2) on a base that is known: begun at 250, the base stays and the detail comes anew."""
+        base = torch.from_numpy(rng.uniform(-0.6, 0.6, (2, 3, 1, 1)).astype(np.float32)).expand(-1, -1, 48, 48)
+        noise = torch.from_numpy(rng.standard_normal(base.shape).astype(np.float32))
+
+        def predict(images: torch.Tensor, step: int) -> torch.Tensor:
+            shown = KEPT[step] ** 0.5 * base
+            return gaussian(0.0, 0.1)(images - shown, step)
+
+        found = denoise(predict, noise, sampler, 60, start=base, first=250)
+        assert (found.mean(dim=(2, 3)) - base.mean(dim=(2, 3))).abs().max() < 0.03
+        assert float((found - base).std()) == pytest.approx(0.1, rel=0.15 if sampler is Sampler.DDIM else 0.08)
 
     @pytest.mark.parametrize("steps", [1000, 30, 7])
     def test_ddim_is_the_textbooks_loop(self, steps, rng):
@@ -261,6 +282,33 @@ class TestImages:
         assert result.hu.shape == (3, 3, 32, 32) and result.hu.dtype == np.float32
         assert result.absolute and result.window == MEDIASTINUM
         assert -200 <= result.hu.min() < -50 and 50 < result.hu.max() <= 200
+
+    @pytest.mark.parametrize(
+        ("size", "whole", "sides"),
+        [
+            (32, 32, [32]),
+            (32, 64, [32]),
+            (64, 32, [32, 64]),
+            (128, 32, [32, 64, 128]),
+            (48, 32, [48]),
+            (96, 32, [48, 96]),
+        ],
+    )
+    def test_an_image_larger_than_whole_slices_were_grows(self, request_, size, whole, sides):
+        found = stages(replace(request_, size=size, steps=20), whole)
+        assert [stage.side for stage in found] == sides
+        assert [stage.first for stage in found] == [999] + [250] * (len(sides) - 1)
+        assert found[0].steps == 20 and all(5 < stage.steps < 15 for stage in found[1:])
+
+    def test_the_large_image_is_begun_small(self, request_, weights):
+        model = load_foundation(TOY, weights)
+        model.recipe = replace(model.recipe, side=32)
+        shapes = []
+        model.network.conv_in.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape[-1]))
+        large = generate_images(replace(request_, size=64, steps=6), load=lambda *place: model)
+        assert large.hu.shape[-1] == 64 and shapes == sorted(shapes) and set(shapes) == {32, 64}
+        told = [(stage["size"], stage["timesteps"][0]) for stage in large.provenance["stages"]]
+        assert told == [(32, 999), (64, 250)]
 
     def test_channels_of_one_slice_are_averaged(self, request_, official):
         model = told_nothing(official)

@@ -78,7 +78,7 @@ def test_the_weight_is_the_average_and_loads_in_the_engine(run, tmp_path, rng):
     assert card.license == "CC-BY-3.0" and card.training["steps"] == 2 and card.numbers == {"kid": 0.1}
     model = load_foundation("toy", tmp_path)
     assert (model.recipe.slices, model.recipe.scaling) == (Slices.NEIGHBORS, Scaling.WINDOW)
-    assert model.prediction is Prediction.V
+    assert model.prediction is Prediction.V and model.recipe.side == 32  # no slice was shown smaller than the canvas
     network, encoder = averaged_weights(newest_checkpoint(run))
     for name, value in model.network.state_dict().items():
         torch.testing.assert_close(value, network[name], atol=2e-3, rtol=2e-3)
@@ -86,6 +86,20 @@ def test_the_weight_is_the_average_and_loads_in_the_engine(run, tmp_path, rng):
     assert torch.equal(model.encoder.freedom.half(), encoder["freedom"].half())
     images = model.recipe(torch.from_numpy(rng.normal(-500, 300, (2, 16, 16))), LUNG)
     assert torch.isfinite(model.network(images, 10, told.expand(2, -1, -1)).sample).all()
+
+
+def test_a_weight_tells_what_its_training_began_with(run, shards, tmp_path):
+    config = CONFIG | {"augmentation": {"size": 16, "canvas": 32, "whole": 0.5}}
+    second = Pretrainer(config, [Source(shards)], tmp_path / "second")
+    second.start_from(run)
+    second.fit(last_step=1)
+    resumed = Pretrainer(config, [Source(shards)], tmp_path / "second")
+    resumed.start_from(tmp_path / "nowhere")  # it has begun: nothing is read
+    resumed.fit()
+    card = export_backbone(tmp_path / "second", "toy", tmp_path, "1", {})
+    begun = card.training["begun_from"]
+    assert (begun["step"], begun["slices_per_step"], begun["begun_from"]) == (2, 2, None)
+    assert load_foundation("toy", tmp_path).recipe.side == 16
 
 
 def test_licenses(run, tmp_path, capsys):
