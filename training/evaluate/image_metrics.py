@@ -73,7 +73,7 @@ RANGE = HURange()
 
 # -- the body --------------------------------------------------------------------------------------------------------
 
-_BODY_HU, _OUTER_AIR_HU = -500.0, -950.0
+_BODY_HU, _OUTER_AIR_HU = -500.0, -880.0
 #: Table, cables and clothes are thinner than this; the opening cuts them off.
 _THIN_MM = 6.0
 
@@ -81,7 +81,7 @@ _THIN_MM = 6.0
 def body_mask(hu: np.ndarray, pixel_mm: float) -> np.ndarray:
     """The patient with all holes, of a single slice: what no outer air reaches from the picture's rim.
 
-    Lungs that a small field of view cuts reach the rim too, but are denser than air.
+    Lungs that a small field of view cuts reach the rim too, but are denser than air and the couch's foam (-900 HU).
 
     Args:
         hu: (H, W).
@@ -124,7 +124,9 @@ def _checked(reference: np.ndarray, image: np.ndarray, mask: np.ndarray | None) 
         raise ValueError("a pixel is not a finite number; no metric means anything then")
     mask = np.ones(reference.shape, bool) if mask is None else np.asarray(mask, bool)
     if mask.shape != reference.shape or not mask.any():
-        raise ValueError(f"the mask is {mask.shape} with {int(mask.sum())} pixels; it must be the image's and not empty")
+        raise ValueError(
+            f"the mask is {mask.shape} with {int(mask.sum())} pixels; it must be the image's and not empty"
+        )
     return mask
 
 
@@ -257,8 +259,8 @@ def fsim(reference: np.ndarray, image: np.ndarray, mask: np.ndarray | None = Non
     """
     mask = _checked(reference, image, mask)
     step = max(1, round(min(reference.shape) / 256))
-    x, y, share = (_halved(part, step) for part in (span.as_bytes(reference), span.as_bytes(image), mask.astype(float)))
-    inside = share >= 0.5
+    x, y = _block_means(span.as_bytes(reference), step), _block_means(span.as_bytes(image), step)
+    inside = _block_means(mask.astype(np.float64), step) >= 0.5
     cx, cy = phase_congruency(x), phase_congruency(y)
     gx, gy = _gradient(x), _gradient(y)
     congruent = (2 * cx * cy + _T_CONGRUENCY) / (cx**2 + cy**2 + _T_CONGRUENCY)
@@ -269,9 +271,10 @@ def fsim(reference: np.ndarray, image: np.ndarray, mask: np.ndarray | None = Non
     return float((congruent * alike * weight).sum() / weight.sum())
 
 
-def _halved(image: np.ndarray, step: int) -> np.ndarray:
-    """Every ``step``-th pixel of the means over ``step`` pixels."""
-    return image if step == 1 else ndimage.uniform_filter(image, step, mode="nearest")[::step, ::step]
+def _block_means(image: np.ndarray, step: int) -> np.ndarray:
+    """Means over blocks of ``step`` x ``step`` pixels; a rest at the end is left out."""
+    rows, columns = (count // step for count in image.shape)
+    return image[: rows * step, : columns * step].reshape(rows, step, columns, step).mean(axis=(1, 3))
 
 
 def _gradient(image: np.ndarray) -> np.ndarray:
