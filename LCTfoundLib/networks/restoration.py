@@ -2,8 +2,8 @@
 
 Choices and why: no normalization (HU are absolute, and a layer that divides by the image's own deviation forgets them);
 pixels are folded 2 x 2 into channels first, since at full resolution most of the time would go into a few channels;
-numbers (views, dose, noise, iteration) scale and shift every block (FiLM; Perez et al., AAAI 2018); the output starts at
-zero, so that before any training nothing is changed.
+numbers (views, dose, noise, iteration) scale and shift every block (FiLM; Perez et al., AAAI 2018); the output starts
+at zero, so that before any training nothing is changed.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Each of a few iterations restores the image (``RestorationNet``, one for all iterations, told which one it is) and then
 brings it near to the sinogram by some steps of conjugate gradients on
 
-    1/2 |A x - y|^2 / |A|^2 + rho / 2 |x - restored|^2,
+    |A x - y|^2 + rho |A|^2 |x - restored|^2,
 
 begun at the restored image, with a trained rho per iteration that the noise and the number of views may change. That is
 MoDL (Aggarwal et al., IEEE T-MI 38 (2019) 394) with the starting image beside the current one as in LEARN (Chen et al.,
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from LCTfoundLib.networks.restoration import RestorationConfig, RestorationNet
 from LCTfoundLib.physics.projector import Projector
+from LCTfoundLib.physics.solvers import conjugate_gradient
 
 __all__ = ["UnrolledConfig", "UnrolledNet", "UnrolledResult", "operator_norm"]
 
@@ -39,6 +40,8 @@ _REFERENCE_VIEWS = 16
 _REFERENCE_NOISE = 0.02
 #: Smallest scale of the error, in units of water: 1 HU.
 _LEAST_SCALE = 1e-3
+#: Of the answer 0, before ``softplus``: a scale of 50 HU.
+_FIRST_SCALE = -3.0
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,7 @@ class UnrolledNet(nn.Module):
         """
         views = math.log2(projector.beam.views / _REFERENCE_VIEWS)
         told = start.new_tensor([views, noise / _REFERENCE_NOISE])
-        weight = 1.0 / operator_norm(projector) ** 2
-        projected = weight * projector.adjoint(sinograms)
+        square = operator_norm(projector) ** 2
         x = before = start
         scale, iterates = torch.zeros_like(start), []
         for number in range(self.config.iterations):
@@ -116,9 +118,11 @@ class UnrolledNet(nn.Module):
             change, scale = self.prior(seen, numbers[None]).float().unbind(dim=1)
             before = x + change
             rho = (self.trust[number] * torch.cat([told.new_ones(1), told])).sum().exp()
-            x = _consistent(projector, projected, before, rho, weight, self.config.steps)
+            x = conjugate_gradient(
+                projector, sinograms, iterations=self.config.steps, prior=before, strength=square * rho
+            )
             iterates.append(x)
-        return UnrolledResult(x, F.softplus(scale - 3.0) + _LEAST_SCALE, iterates)
+        return UnrolledResult(x, F.softplus(scale + _FIRST_SCALE) + _LEAST_SCALE, iterates)
 
     @property
     def parameter_count(self) -> int:
@@ -140,40 +144,3 @@ def operator_norm(projector: Projector, iterations: int = 12) -> float:
                 image = image / size
         known = projector.__dict__["_norm"] = math.sqrt(size)
     return known
-
-
-def _consistent(
-    projector: Projector, projected: Tensor, restored: Tensor, rho: Tensor, weight: float, steps: int
-) -> Tensor:
-    """Some steps of conjugate gradients on (A'A + rho) x = A'y + rho restored from ``restored``; differentiable.
-
-    Args:
-        projected: A'y, (N, H, W), with the weight in it.
-        weight: one over the squared norm of A.
-    """
-
-    def system(image: Tensor) -> Tensor:
-        return weight * projector.adjoint(projector.forward(image)) + rho * image
-
-    x = restored
-    residual = projected + rho * restored - system(x)
-    direction, energy = residual, _squared(residual)
-    for step in range(steps):
-        pushed = system(direction)
-        length = energy / _dot(direction, pushed).clamp(min=1e-20)
-        x = x + length * direction
-        if step + 1 == steps:
-            break
-        residual = residual - length * pushed
-        following = _squared(residual)
-        direction = residual + following / energy.clamp(min=1e-20) * direction
-        energy = following
-    return x
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(dim=(-2, -1), keepdim=True)
-
-
-def _squared(a: Tensor) -> Tensor:
-    return _dot(a, a)
