@@ -18,17 +18,32 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from LCTfoundLib.errors import WeightError
 from LCTfoundLib.networks.restoration import RestorationConfig, RestorationNet
+from LCTfoundLib.physics.hounsfield import WATER_PER_MM
 from LCTfoundLib.physics.projector import Projector
-from LCTfoundLib.physics.solvers import conjugate_gradient
+from LCTfoundLib.physics.solvers import conjugate_gradient, filtered_back_projection, poisson_weights
+from LCTfoundLib.weights.registry import Card, load_weight
 
-__all__ = ["UnrolledConfig", "UnrolledNet", "UnrolledResult", "operator_norm"]
+__all__ = [
+    "UNROLLED_WEIGHT",
+    "UnrolledConfig",
+    "UnrolledInput",
+    "UnrolledNet",
+    "UnrolledResult",
+    "load_unrolled",
+    "operator_norm",
+]
+
+#: Name of the shipped weight.
+UNROLLED_WEIGHT = "sparse_view"
 
 #: What the net is told: iteration, logarithm of the views, noise.
 _NUMBERS = 3
@@ -74,6 +89,47 @@ class UnrolledConfig:
 
 
 @dataclass
+class UnrolledInput:
+    """What an ``UnrolledNet`` needs of a scan of N slices.
+
+    Attributes:
+        sinograms: line integrals in units of water (mm of water), (N, views, detectors).
+        start: their filtered back-projection, in units of water, (N, H, W).
+        noise: standard deviation of the noise in a line integral (without unit: before it is told in mm of water), of
+            the median ray of each slice, (N,).
+        weights: of the rays, as ``poisson_weights``, 1 in the mean of a slice; None without noise.
+    """
+
+    sinograms: Tensor
+    start: Tensor
+    noise: Tensor
+    weights: Tensor | None
+
+    @classmethod
+    def of(
+        cls, line_integrals: Tensor, projector: Projector, photons: float | None = None, electronic_noise: float = 0.0
+    ) -> UnrolledInput:
+        """Of measured line integrals.
+
+        Args:
+            line_integrals: (N, views, detectors), without unit.
+            projector: of their geometry.
+            photons: of the unattenuated ray; None for rays without noise.
+            electronic_noise: standard deviation, in photons.
+
+        Raises:
+            UnsuitableProjections: they do not match, or hold no numbers.
+        """
+        sinograms = line_integrals / WATER_PER_MM
+        start = filtered_back_projection(projector, sinograms)
+        if photons is None:
+            return cls(sinograms, start, torch.zeros_like(start[:, 0, 0]), None)
+        weights = poisson_weights(line_integrals, photons, electronic_noise)
+        noise = weights.flatten(1).median(dim=1).values.rsqrt()
+        return cls(sinograms, start, noise, weights / weights.mean(dim=(1, 2), keepdim=True))
+
+
+@dataclass
 class UnrolledResult:
     """Answer of an ``UnrolledNet``.
 
@@ -98,28 +154,29 @@ class UnrolledNet(nn.Module):
         #: Logarithm of rho per iteration: constant, per doubling of the views, per unit of noise.
         self.trust = nn.Parameter(torch.tensor([[math.log(0.05), 0.0, 0.5]]).repeat(config.iterations, 1))
 
-    def forward(self, sinograms: Tensor, start: Tensor, projector: Projector, noise: float = 0.0) -> UnrolledResult:
-        """Reconstruct.
-
-        Args:
-            sinograms: line integrals in units of water (mm of water), (N, views, detectors).
-            start: an image to begin with, (N, H, W), in units of water, such as a filtered backprojection.
-            projector: of the sinograms.
-            noise: standard deviation of the noise in a line integral (without unit: before it is told in mm of water).
-        """
-        views = math.log2(projector.beam.views / _REFERENCE_VIEWS)
-        told = start.new_tensor([views, noise / _REFERENCE_NOISE])
+    def forward(self, scan: UnrolledInput, projector: Projector) -> UnrolledResult:
+        """Reconstruct the slices of a scan, whose geometry is the projector's."""
+        start = scan.start
+        count = len(start)
+        views = start.new_full((count,), math.log2(projector.beam.views / _REFERENCE_VIEWS))
+        told = torch.stack([torch.ones_like(views), views, scan.noise / _REFERENCE_NOISE], dim=1)
         square = operator_norm(projector) ** 2
         x = before = start
         scale, iterates = torch.zeros_like(start), []
         for number in range(self.config.iterations):
-            numbers = torch.cat([start.new_tensor([number / max(self.config.iterations - 1, 1)]), told])
+            place = told.new_full((count, 1), number / max(self.config.iterations - 1, 1))
+            numbers = torch.cat([place, told[:, 1:]], dim=1)
             seen = torch.stack([x, before, start], dim=1).contiguous(memory_format=torch.channels_last)
-            change, scale = self.prior(seen, numbers[None]).float().unbind(dim=1)
+            change, scale = self.prior(seen, numbers).float().unbind(dim=1)
             before = x + change
-            rho = (self.trust[number] * torch.cat([told.new_ones(1), told])).sum().exp()
+            strength = square * (told @ self.trust[number]).exp()[:, None, None]
             x = conjugate_gradient(
-                projector, sinograms, iterations=self.config.steps, prior=before, strength=square * rho
+                projector,
+                scan.sinograms,
+                iterations=self.config.steps,
+                prior=before,
+                strength=strength,
+                weights=scan.weights,
             )
             iterates.append(x)
         return UnrolledResult(x, F.softplus(scale + _FIRST_SCALE) + _LEAST_SCALE, iterates)
@@ -127,6 +184,22 @@ class UnrolledNet(nn.Module):
     @property
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def load_unrolled(name: str = UNROLLED_WEIGHT, folder: Path | None = None) -> tuple[UnrolledNet, Card]:
+    """A trained net, in evaluation mode, and its card.
+
+    Raises:
+        WeightError: missing or damaged weight, or of another network.
+    """
+    card, state = load_weight(name, folder)
+    try:
+        network = UnrolledNet(UnrolledConfig.from_dict(card.architecture_parameters))
+        network.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise WeightError(f"The weight '{name}' is not what its card describes ({reason}); get it again.") from error
+    return network.requires_grad_(False).eval(), card
 
 
 def operator_norm(projector: Projector, iterations: int = 12) -> float:

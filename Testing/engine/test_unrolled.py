@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from LCTfoundLib.networks.restoration import RestorationConfig, RestorationNet, as_numbers
-from LCTfoundLib.networks.unrolled import UnrolledConfig, UnrolledNet, operator_norm
+from LCTfoundLib.networks.unrolled import UnrolledConfig, UnrolledInput, UnrolledNet, operator_norm
 from LCTfoundLib.physics.geometry import ImageGrid, ParallelBeam
+from LCTfoundLib.physics.hounsfield import WATER_PER_MM
 from LCTfoundLib.physics.projector import Projector
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,18 +98,16 @@ def disks(count: int, size: int, generator: torch.Generator) -> torch.Tensor:
 class TestUnrolledNet:
     CONFIG = UnrolledConfig(3, 3, SMALL)
 
-    def case(self, projector: Projector, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def case(self, projector: Projector, count: int, seed: int) -> tuple[torch.Tensor, UnrolledInput]:
         images = disks(count, projector.grid.rows, torch.Generator().manual_seed(seed))
-        sinograms = projector.forward(images)
-        start = projector.adjoint(sinograms) / operator_norm(projector) ** 2
-        return images, sinograms, start
+        return images, UnrolledInput.of(projector.forward(images * WATER_PER_MM), projector)
 
     def test_untrained_it_comes_nearer_to_the_measurements_with_each_iteration(self):
         projector = a_projector()
-        images, sinograms, start = self.case(projector, 2, 0)
+        images, scan = self.case(projector, 2, 0)
         with torch.no_grad():
-            result = UnrolledNet(self.CONFIG)(sinograms, start, projector)
-        left = [float((projector.forward(x) - sinograms).norm()) for x in [start, *result.iterates]]
+            result = UnrolledNet(self.CONFIG)(scan, projector)
+        left = [float((projector.forward(x) - scan.sinograms).norm()) for x in [scan.start, *result.iterates]]
         assert all(after < before for before, after in zip(left, left[1:], strict=False))
         assert torch.equal(result.images, result.iterates[-1]) and result.images.shape == images.shape
         assert len(result.iterates) == 3 and (result.scale >= 1e-3).all()
@@ -117,29 +117,40 @@ class TestUnrolledNet:
         seen: list[torch.Tensor] = []
         network.prior.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
         projector = a_projector(20, 32)
-        _, sinograms, start = self.case(projector, 1, 1)
+        _, scan = self.case(projector, 1, 1)
         with torch.no_grad():
-            plain = network(sinograms, start, projector).images
-            noisy = network(sinograms, start, projector, noise=0.05).images
+            plain = network(scan, projector).images
+            noisy = network(replace(scan, noise=torch.tensor([0.05])), projector).images
         assert not torch.allclose(plain, noisy, atol=1e-4)
         np.testing.assert_allclose(torch.cat(seen[3:]).numpy(), [[0, 1, 2.5], [0.5, 1, 2.5], [1, 1, 2.5]], rtol=1e-5)
+
+    def test_noise_and_weights_of_a_scan(self, rng):
+        """The median ray's deviation, against many draws of its Poisson counts."""
+        projector, photons = a_projector(), float(10 ** rng.uniform(3.5, 5))
+        images, scan = self.case(projector, 2, 2)
+        rays = scan.sinograms * WATER_PER_MM
+        noisy = UnrolledInput.of(rays, projector, photons)
+        torch.testing.assert_close(noisy.weights.mean(dim=(1, 2)), torch.ones(2))
+        middle = rays.flatten(1).median(dim=1).values.numpy()
+        counts = rng.poisson(photons * np.exp(-middle), (20_000, 2))
+        np.testing.assert_allclose(noisy.noise.numpy(), np.log(counts / photons).std(axis=0), rtol=0.05)
 
     def test_it_learns_what_disks_look_like_and_where_it_errs(self):
         projector, network = a_projector(24, 6), UnrolledNet(self.CONFIG)
         optimizer = torch.optim.Adam(network.parameters(), 3e-3)
         for step in range(120):
-            images, sinograms, start = self.case(projector, 4, step)
-            result = network(sinograms, start, projector)
+            images, scan = self.case(projector, 4, step)
+            result = network(scan, projector)
             error = (result.images - images).abs()
             loss = error.mean() + 0.05 * (result.scale.log() + error.detach() / result.scale).mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
-        images, sinograms, start = self.case(projector, 16, 10_000)
+        images, scan = self.case(projector, 16, 10_000)
         with torch.no_grad():
-            result = network(sinograms, start, projector)
-            untrained = UnrolledNet(self.CONFIG)(sinograms, start, projector).images
+            result = network(scan, projector)
+            untrained = UnrolledNet(self.CONFIG)(scan, projector).images
         error = (result.images - images).abs()
         before = (untrained - images).abs()
         print(f"mean error {float(error.mean()):.4f}, untrained {float(before.mean()):.4f}")
