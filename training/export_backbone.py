@@ -20,14 +20,14 @@ from training.pretrain import averaged_weights, newest_checkpoint
 from training.segmentation import commit_hash
 from training.shard_stream import Augmentation
 
-__all__ = ["LICENSES", "export_backbone", "main", "strictest"]
+__all__ = ["DATA_NAMES", "LICENSES", "export_backbone", "main", "strictest"]
 
 #: SPDX names, from free to strict; a weight has the strictest of its data's.
 LICENSES = (
     "CC0-1.0", "Apache-2.0", "CC-BY-3.0", "CC-BY-4.0", "CC-BY-SA-4.0", "CC-BY-NC-3.0", "CC-BY-NC-4.0",
     "CC-BY-NC-SA-4.0",
 )  # fmt: skip
-_NAMES = {
+DATA_NAMES = {
     "phantom": "LCTfound procedural thorax phantom (training/phantom)",
     "LIDC-IDRI-0003": "LIDC-IDRI, one patient (The Cancer Imaging Archive)",
     "4D-Lung_113_HM10395_p40": "4D-Lung, one patient (The Cancer Imaging Archive)",
@@ -79,7 +79,7 @@ def export_backbone(
     told = json.loads((checkpoint / "progress.json").read_text())
     config = told["config"]
     network, encoder = averaged_weights(checkpoint)
-    data = tuple(DataSource(_NAMES.get(source, source), name.replace(" ", "-")) for source, name in told["data"])
+    data = tuple(DataSource(DATA_NAMES.get(source, source), name.replace(" ", "-")) for source, name in told["data"])
     card = Card(
         name=name,
         version=version,

@@ -28,8 +28,9 @@ from torch.nn import functional as F
 from LCTfoundLib.errors import WeightError
 from LCTfoundLib.networks.restoration import RestorationConfig, RestorationNet
 from LCTfoundLib.physics.hounsfield import WATER_PER_MM
+from LCTfoundLib.physics.noise import Dose, statistical_weights
 from LCTfoundLib.physics.projector import Projector
-from LCTfoundLib.physics.solvers import conjugate_gradient, filtered_back_projection, poisson_weights
+from LCTfoundLib.physics.solvers import conjugate_gradient, filtered_back_projection
 from LCTfoundLib.weights.registry import Card, load_weight
 
 __all__ = [
@@ -45,13 +46,13 @@ __all__ = [
 #: Name of the shipped weight.
 UNROLLED_WEIGHT = "sparse_view"
 
-#: What the net is told: iteration, logarithm of the views, noise.
+#: What the net is told: iteration, logarithms of the views and of the noise.
 _NUMBERS = 3
 #: The image now, before the measurements corrected it, and the one it began with.
 _SEEN = 3
 #: Views that count as "one" on the logarithmic scale.
 _REFERENCE_VIEWS = 16
-#: Deviation of the noise in a line integral that counts as "one".
+#: Deviation of the noise in a line integral at which it begins to count.
 _REFERENCE_NOISE = 0.02
 #: Smallest scale of the error, in units of water: 1 HU.
 _LEAST_SCALE = 1e-3
@@ -97,7 +98,7 @@ class UnrolledInput:
         start: their filtered back-projection, in units of water, (N, H, W).
         noise: standard deviation of the noise in a line integral (without unit: before it is told in mm of water), of
             the median ray of each slice, (N,).
-        weights: of the rays, as ``poisson_weights``, 1 in the mean of a slice; None without noise.
+        weights: of the rays, as ``statistical_weights``, 1 in the mean of a slice; None without noise.
     """
 
     sinograms: Tensor
@@ -106,25 +107,22 @@ class UnrolledInput:
     weights: Tensor | None
 
     @classmethod
-    def of(
-        cls, line_integrals: Tensor, projector: Projector, photons: float | None = None, electronic_noise: float = 0.0
-    ) -> UnrolledInput:
+    def of(cls, line_integrals: Tensor, projector: Projector, dose: Dose | None = None) -> UnrolledInput:
         """Of measured line integrals.
 
         Args:
             line_integrals: (N, views, detectors), without unit.
             projector: of their geometry.
-            photons: of the unattenuated ray; None for rays without noise.
-            electronic_noise: standard deviation, in photons.
+            dose: they were measured with; None for rays without noise.
 
         Raises:
             UnsuitableProjections: they do not match, or hold no numbers.
         """
         sinograms = line_integrals / WATER_PER_MM
         start = filtered_back_projection(projector, sinograms)
-        if photons is None:
+        if dose is None:
             return cls(sinograms, start, torch.zeros_like(start[:, 0, 0]), None)
-        weights = poisson_weights(line_integrals, photons, electronic_noise)
+        weights = statistical_weights(line_integrals, dose)
         noise = weights.flatten(1).median(dim=1).values.rsqrt()
         return cls(sinograms, start, noise, weights / weights.mean(dim=(1, 2), keepdim=True))
 
@@ -151,15 +149,15 @@ class UnrolledNet(nn.Module):
         super().__init__()
         self.config = config
         self.prior = RestorationNet(config.prior)
-        #: Logarithm of rho per iteration: constant, per doubling of the views, per unit of noise.
-        self.trust = nn.Parameter(torch.tensor([[math.log(0.05), 0.0, 0.5]]).repeat(config.iterations, 1))
+        #: Logarithm of rho per iteration: constant, per doubling of the views, per unit of the noise's logarithm.
+        self.trust = nn.Parameter(torch.tensor([[math.log(0.05), 0.0, 1.0]]).repeat(config.iterations, 1))
 
     def forward(self, scan: UnrolledInput, projector: Projector) -> UnrolledResult:
         """Reconstruct the slices of a scan, whose geometry is the projector's."""
         start = scan.start
         count = len(start)
         views = start.new_full((count,), math.log2(projector.beam.views / _REFERENCE_VIEWS))
-        told = torch.stack([torch.ones_like(views), views, scan.noise / _REFERENCE_NOISE], dim=1)
+        told = torch.stack([torch.ones_like(views), views, torch.log1p(scan.noise / _REFERENCE_NOISE)], dim=1)
         square = operator_norm(projector) ** 2
         x = before = start
         scale, iterates = torch.zeros_like(start), []

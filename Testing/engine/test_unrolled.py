@@ -13,6 +13,7 @@ from LCTfoundLib.networks.restoration import RestorationConfig, RestorationNet, 
 from LCTfoundLib.networks.unrolled import UnrolledConfig, UnrolledInput, UnrolledNet, operator_norm
 from LCTfoundLib.physics.geometry import ImageGrid, ParallelBeam
 from LCTfoundLib.physics.hounsfield import WATER_PER_MM
+from LCTfoundLib.physics.noise import Dose
 from LCTfoundLib.physics.projector import Projector
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,14 +123,16 @@ class TestUnrolledNet:
             plain = network(scan, projector).images
             noisy = network(replace(scan, noise=torch.tensor([0.05])), projector).images
         assert not torch.allclose(plain, noisy, atol=1e-4)
-        np.testing.assert_allclose(torch.cat(seen[3:]).numpy(), [[0, 1, 2.5], [0.5, 1, 2.5], [1, 1, 2.5]], rtol=1e-5)
+        np.testing.assert_allclose(
+            torch.cat(seen[3:]).numpy(), [[place, 1, np.log(3.5)] for place in (0, 0.5, 1)], rtol=1e-5
+        )
 
     def test_noise_and_weights_of_a_scan(self, rng):
         """The median ray's deviation, against many draws of its Poisson counts."""
         projector, photons = a_projector(), float(10 ** rng.uniform(3.5, 5))
         images, scan = self.case(projector, 2, 2)
         rays = scan.sinograms * WATER_PER_MM
-        noisy = UnrolledInput.of(rays, projector, photons)
+        noisy = UnrolledInput.of(rays, projector, Dose(photons, electronic_noise=0.0))
         torch.testing.assert_close(noisy.weights.mean(dim=(1, 2)), torch.ones(2))
         middle = rays.flatten(1).median(dim=1).values.numpy()
         counts = rng.poisson(photons * np.exp(-middle), (20_000, 2))

@@ -1,0 +1,139 @@
+"""Training of the nets that restore images: the same samples again, resumed as if never stopped, and it learns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from LCTfoundLib.errors import LCTfoundError, WeightError
+from LCTfoundLib.networks.unrolled import load_unrolled
+from LCTfoundLib.physics.noise import Dose
+from training.curation.shards import ShardWriter
+from training.restoration import ImageSampler, Trainer, main, task_of
+from training.shard_stream import Augmentation, Mixture, Source
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONFIG = {
+    "task": "sparse_view",
+    "seed": 3,
+    "network": {"iterations": 2, "steps": 2, "prior": {"channels": [8, 12], "blocks": [1, 1]}},
+    "data": {"size": 32, "views": [6, 12], "noisy": 0.5, "photons": [1e4, 1e6]},
+    "optimizer": {"lr": 3e-3, "warmup": 2, "steps": 6, "batch": 2, "ema": 0.9},
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """Three studies of smooth blobs in air."""
+    rng, folder = np.random.default_rng(), tmp_path_factory.mktemp("shards")
+    with ShardWriter(folder) as writer:
+        for study in range(3):
+            hu = ndimage.gaussian_filter(rng.normal(0, 1, (6, 40, 40)), (0, 4, 4))
+            hu = np.where(np.hypot(*np.mgrid[-20:20, -20:20]) < 16, 100 + 4000 * hu, -1024)
+            writer.add(
+                hu.astype(np.int16), {"study": f"s{study}", "labels": {}, "source": "blobs", "license": "CC0-1.0"}
+            )
+        staged = writer.close()
+    (folder / staged.staging).rename(folder / "shard-0.tar")
+    return folder
+
+
+def trainer_of(shards: Path, run: Path, noisy: float = 0.5, **optimizer: float) -> Trainer:
+    config = CONFIG | {"optimizer": CONFIG["optimizer"] | optimizer, "data": CONFIG["data"] | {"noisy": noisy}}
+    mixture = Mixture([Source(shards)], 3)
+    return Trainer(config, task_of(config, mixture, Mixture([Source(shards)], 0)), run, mixture.data)
+
+
+def test_slices_in_hu_with_their_neighbors(shards):
+    mixture = Mixture([Source(shards)], 0)
+    plain = Augmentation(40, 40, scale=(1.0, 1.0), flip=(0, 0), turn=0)
+    for number in range(6):
+        index, place = mixture(number)
+        hu = ImageSampler(mixture, plain, 0, neighbors=1)(number)
+        assert hu.shape == (3, 40, 40) and hu.min() == -1000
+        inside = np.hypot(*np.mgrid[-20:20, -20:20]) < 10
+        shift = np.abs(hu[1].numpy() - index.read(place))[inside]
+        assert np.median(shift) < 60  # placed off the center by a twentieth at most
+        ends = [index.study[max(place - 1, 0)] == index.study[place], place > 0]
+        assert torch.equal(hu[0], hu[1]) == (not all(ends))
+
+
+def test_a_resumed_run_is_the_straight_one_bit_for_bit(shards, tmp_path):
+    straight = trainer_of(shards, tmp_path / "straight")
+    straight.fit()
+    first = trainer_of(shards, tmp_path / "resumed")
+    while first.step < 3:
+        first._train_step()
+        first.step += 1
+    first.save()
+    second = trainer_of(shards, tmp_path / "resumed")
+    assert second.step == 3
+    second.fit()
+    for key, value in straight.average.items():
+        assert torch.equal(value, second.average[key]), key
+    entries = [json.loads(line) for line in (tmp_path / "straight/log.jsonl").read_text().splitlines()]
+    assert {"psnr 6", "psnr 12", "start 6"} <= entries[-1].keys()
+
+
+def test_it_learns(shards, tmp_path):
+    trainer = trainer_of(shards, tmp_path, noisy=0.0, steps=150)
+    before = trainer.scores()
+    trainer.fit()
+    after = trainer.scores()
+    print(before, after)
+    assert after["psnr 6"] > before["psnr 6"] + 0.7
+    assert all(after[f"psnr {views}"] > after[f"start {views}"] + 1 for views in (6, 12))
+
+
+def test_noisy_scans_are_told_their_noise(shards, tmp_path):
+    task = trainer_of(shards, tmp_path).task
+    clean, noisy = (task._scan(task._held_out, range(2), 6, dose).measured for dose in (None, Dose(1e5)))
+    assert clean.weights is None and not clean.noise.any()
+    assert (noisy.noise > 0).all() and (noisy.sinograms - clean.sinograms).abs().mean() > 0.01
+
+
+def test_the_weight_loads_in_the_engine(shards, tmp_path):
+    trainer = trainer_of(shards, tmp_path / "run")
+    trainer.fit()
+    card = trainer.export(tmp_path, "2", {"psnr": 1.0})
+    network, loaded = load_unrolled(card.name, tmp_path)
+    assert loaded.license == "CC0-1.0" and loaded.training["steps"] == 6 and loaded.numbers == {"psnr": 1.0}
+    for key, value in network.state_dict().items():
+        torch.testing.assert_close(value, trainer.average[key], atol=2e-3, rtol=2e-3)
+    (tmp_path / f"{card.name}.json").write_text(
+        (tmp_path / f"{card.name}.json").read_text().replace('"iterations": 2', '"iterations": 3')
+    )
+    with pytest.raises(WeightError, match="not what its card describes"):
+        load_unrolled(card.name, tmp_path)
+
+
+def test_the_command(shards, tmp_path, capsys):
+    config = tmp_path / "c.toml"
+    tables = {key: value for key, value in CONFIG.items() if isinstance(value, dict)}
+    prior = tables["network"].pop("prior") if "prior" in tables["network"] else {}
+    lines = ['task = "sparse_view"', "seed = 3"]
+    for name, table in tables.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+    tables["network"]["prior"] = prior
+    lines += ["[network.prior]", *(f"{key} = {json.dumps(value)}" for key, value in prior.items())]
+    config.write_text("\n".join(lines))
+    run = [str(config), "--shards", str(shards), "--out", str(tmp_path / "run")]
+    main([*run, "--minutes", "0"])
+    with pytest.raises(SystemExit) as stop:
+        main([*run, "--export", str(tmp_path)])
+    assert stop.value.code == 0 and "CC0-1.0" in capsys.readouterr().err
+    config.write_text(config.read_text().replace("sparse_view", "miracle"))
+    with pytest.raises(SystemExit) as stop:
+        main(run)
+    assert stop.value.code == 2 and "no restoration task 'miracle'" in capsys.readouterr().err
+
+
+def test_no_such_task(shards):
+    with pytest.raises(LCTfoundError, match="no restoration task"):
+        task_of({"task": "x"}, Mixture([Source(shards)], 0), None)
