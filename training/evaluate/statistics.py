@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-__all__ = ["Comparison", "Interval", "bootstrap", "compare_paired", "mean_over_seeds"]
+__all__ = ["Comparison", "Interval", "bootstrap", "compare_paired", "holm", "mean_over_seeds"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,21 @@ def compare_paired(first: Sequence[float], second: Sequence[float], seed: int = 
     if len(pairs) < 2 or not differences.any():
         return Comparison(interval, float("nan"), len(pairs))
     return Comparison(interval, float(stats.wilcoxon(differences).pvalue), len(pairs))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of one family, adjusted by Holm's step-down procedure (Scand. J. Statist. 6 (1979) 65).
+
+    ``nan`` (a test that could not be made) stays and counts for nothing.
+    """
+    values = np.asarray(p_values, dtype=float)
+    adjusted = np.full(values.shape, np.nan)
+    order = [n for n in np.argsort(values) if not np.isnan(values[n])]
+    largest = 0.0
+    for rank, n in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * float(values[n])))
+        adjusted[n] = largest
+    return adjusted.tolist()
 
 
 def mean_over_seeds(values: Sequence[Sequence[float]]) -> list[float]:
