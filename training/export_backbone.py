@@ -101,6 +101,7 @@ def export_backbone(
             "slices_per_step": config["optimizer"]["batch"] * config["optimizer"].get("accumulate", 1),
             "pretext": config.get("pretext", {}),
             "windows": config.get("windows", {}),
+            "small": config.get("small", {}),
             "augmentation": config["augmentation"],
             "begun_from": told.get("begun_from"),
             "processes": told["processes"],
@@ -108,6 +109,7 @@ def export_backbone(
     )
     shown = Augmentation(**{key: value for key, value in config["augmentation"].items() if key in _SIZES})
     side = shown.size if shown.whole > 0 else max(shown.size, shown.canvas)
+    side = config.get("small", {}).get("size", side)
     recipe = replace(InputRecipe.from_dict(config["input"]), side=side)
     arguments = backbone_config(config["preset"], **config.get("network", {}))
     prediction = Prediction(config.get("prediction", Prediction.EPSILON))

@@ -69,17 +69,20 @@ class Pretext:
         ends = np.cumsum([self.masked, self.slice, self.mae])
         return (Kind.MASKED, Kind.SLICE, Kind.MAE, Kind.NOISE)[int(np.searchsorted(ends, rng.random(), side="right"))]
 
-    def draw(self, shape: tuple[int, int, int], seed: tuple[int, int]) -> PretextSample:
+    def draw(
+        self, shape: tuple[int, int, int], seed: tuple[int, int], most_noise: int = NoiseSchedule.steps
+    ) -> PretextSample:
         """Noise, timestep and mask of a sample, from its own seed.
 
         Args:
             shape: of the image.
             seed: of the run, and the sample's number.
+            most_noise: timesteps below this, whatever the task.
         """
         rng = np.random.default_rng([*seed, 1])
         kind = self.kind(rng)
         steps = NoiseSchedule.steps if kind is Kind.NOISE else self.most_noise
-        timestep = 0 if kind is Kind.MAE else int(rng.integers(steps))
+        timestep = 0 if kind is Kind.MAE else int(rng.integers(min(steps, most_noise)))
         noise = torch.from_numpy(rng.standard_normal(shape, np.float32))
         return PretextSample(kind, timestep, noise, self._mask(kind, shape, rng))
 

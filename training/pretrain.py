@@ -38,7 +38,7 @@ from LCTfoundLib.networks.sampling import Sampler, denoise
 from LCTfoundLib.runtime.files import output_errors
 from training.pretext import Pretext, PretextSample, masked_input, pretext_loss
 from training.segmentation import StopOnSignal, hardware
-from training.shard_stream import Augmentation, Mixture, Sample, ShardError, SliceSampler, Source
+from training.shard_stream import Augmentation, Mixture, Sample, ShardError, SliceSampler, SmallSlices, Source
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -100,7 +100,7 @@ class _Samples(torch.utils.data.Dataset[tuple[Sample, PretextSample]]):
     def __getitem__(self, number: int) -> tuple[Sample, PretextSample]:
         sample = self.sampler(number)
         channels, height, width = sample.image.shape
-        return sample, self.pretext.draw((channels, height, width), (self.sampler.seed, number))
+        return sample, self.pretext.draw((channels, height, width), (self.sampler.seed, number), sample.most_noise)
 
 
 class _Numbers:
@@ -193,7 +193,10 @@ class Pretrainer:
         pretext = Pretext.from_dict(config.get("pretext", {}))
         augmentation = Augmentation(**_tuples(config["augmentation"]))
         self.mixture = Mixture(sources, self.seed)
-        sampler = SliceSampler(self.mixture, augmentation, self.recipe, self.seed, windows=config.get("windows"))
+        small = SmallSlices(batch=self.batch, **config["small"]) if "small" in config else None
+        sampler = SliceSampler(
+            self.mixture, augmentation, self.recipe, self.seed, windows=config.get("windows"), small=small
+        )
         self._samples = _Samples(sampler, pretext)
         self._validation = _validation_batches(validation, augmentation, self.recipe) if validation else []
         self._workers = workers
@@ -353,7 +356,8 @@ class Pretrainer:
     @torch.no_grad()
     def _show(self, board: _Board, steps: int = 20) -> None:
         """A grid of images that the EMA weights draw, both windows, from fixed noise."""
-        size = self._samples.sampler.augmentation.size
+        sampler = self._samples.sampler
+        size = sampler.small.size if sampler.small else sampler.augmentation.size
         conditions = [Condition(window) for window in (LUNG, LUNG, MEDIASTINUM, MEDIASTINUM)]
         told: list[Condition] | Tensor = conditions
         if self._frozen is not None:

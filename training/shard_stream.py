@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,21 @@ from torch.nn import functional as F
 
 from LCTfoundLib.errors import LCTfoundError
 from LCTfoundLib.networks.conditions import WIDE, WINDOWS, Condition, Disease, drop_condition
+from LCTfoundLib.networks.features import NoiseSchedule
 from LCTfoundLib.networks.foundation import InputRecipe, Slices
 from training.curation.shards import check_end, decode_slice
 
-__all__ = ["Augmentation", "Mixture", "ShardError", "ShardIndex", "Sample", "SliceSampler", "Source", "Study"]
+__all__ = [
+    "Augmentation",
+    "Mixture",
+    "ShardError",
+    "ShardIndex",
+    "Sample",
+    "SliceSampler",
+    "SmallSlices",
+    "Source",
+    "Study",
+]
 
 _AIR = -1024
 #: A label with a higher probability is told to the backbone; what is packed has passed the gate of 0.9.
@@ -286,6 +297,31 @@ def _resampled(square: Tensor, size: int, view: float, shift: np.ndarray) -> Ten
     return F.grid_sample((square - _AIR)[None], grid, align_corners=False)[0] + _AIR
 
 
+@dataclass(frozen=True)
+class SmallSlices:
+    """Whole slices of few pixels, which some batches have in place of the augmentation's.
+
+    A short training learns what a chest looks like from many small pictures sooner than from few large ones. Generation
+    begins with such a picture, and gives it detail as it grows, so that larger ones need to be known under little noise
+    only.
+
+    Attributes:
+        size: pixels of a side.
+        share: of the batches.
+        most_noise: timesteps below this for the other batches.
+        batch: samples that lie in one batch, whose sizes have to agree.
+    """
+
+    size: int
+    share: float
+    most_noise: int
+    batch: int
+
+    def take(self, seed: int, number: int) -> bool:
+        """Whether a sample's batch is one of them."""
+        return bool(np.random.default_rng([seed, number // self.batch, 9]).random() < self.share)
+
+
 @dataclass
 class Sample:
     """A slice as the backbone sees it.
@@ -294,11 +330,13 @@ class Sample:
         image: float32 (3, size, size), -1..1.
         condition: with the paper's random dropping.
         number: of the sample in the run.
+        most_noise: timesteps below this.
     """
 
     image: Tensor
     condition: Condition
     number: int
+    most_noise: int = NoiseSchedule.steps
 
 
 class SliceSampler:
@@ -312,17 +350,20 @@ class SliceSampler:
         seed: int,
         drop: bool = True,
         windows: Mapping[str, float] | None = None,
+        small: SmallSlices | None = None,
     ) -> None:
         """Set up.
 
         Args:
             drop: forget conditions at random, as in training.
             windows: share of each by its name, ``wide`` among them; the published two in halves if not given.
+            small: for some of the batches.
 
         Raises:
             ShardError: a window's name is unknown, or a share is none.
         """
         self.mixture, self.augmentation, self.recipe, self.seed, self._drop = mixture, augmentation, recipe, seed, drop
+        self.small = small
         shares = dict(windows or {"lung": 0.5, "mediastinal": 0.5})
         if not shares.keys() <= _WINDOWS.keys() or min(shares.values()) < 0 or sum(shares.values()) <= 0:
             raise ShardError(f"The windows {shares} must be of {', '.join(_WINDOWS)}, with shares above 0.")
@@ -340,9 +381,12 @@ class SliceSampler:
         window = self._windows[int(np.searchsorted(self._window_ends, rng.random(), side="right"))]
         around = index.neighbors(place) if self.recipe.slices is Slices.NEIGHBORS else [place]
         hu = torch.from_numpy(np.stack([index.read(n) for n in around]))
-        placed = self.augmentation.place(hu, rng)
+        small = self.small if self.small is not None and self.small.take(self.seed, number) else None
+        shown = replace(self.augmentation, size=small.size, whole=1.0) if small else self.augmentation
+        placed = shown.place(hu, rng)
         image = self.augmentation.shade(self.recipe(placed, window)[len(around) // 2], rng)
         condition = Condition(window, index.studies[index.study[place]].diseases)
         if self._drop:
             condition = drop_condition(condition, torch.Generator().manual_seed(int(rng.integers(2**62))))
-        return Sample(image, condition, number)
+        most_noise = self.small.most_noise if self.small is not None and small is None else NoiseSchedule.steps
+        return Sample(image, condition, number, most_noise)

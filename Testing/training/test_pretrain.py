@@ -24,7 +24,16 @@ from LCTfoundLib.networks.foundation import InputRecipe, Slices
 from training.curation.shards import ShardWriter, read_shard
 from training.pretext import Kind, Pretext, masked_input, pretext_loss
 from training.pretrain import Pretrainer, _Numbers, averaged_weights, main, newest_checkpoint
-from training.shard_stream import Augmentation, Mixture, ShardError, ShardIndex, SliceOrder, SliceSampler, Source
+from training.shard_stream import (
+    Augmentation,
+    Mixture,
+    ShardError,
+    ShardIndex,
+    SliceOrder,
+    SliceSampler,
+    SmallSlices,
+    Source,
+)
 
 pytest.importorskip("accelerate", reason="accelerate is not installed (the extra 'training')")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -148,6 +157,17 @@ class TestOrder:
         for unknown in ({"bone": 1.0}, {"lung": 0.0}, {"lung": 1.0, "wide": -0.5}):
             with pytest.raises(ShardError, match="windows"):
                 SliceSampler(mixture, Augmentation(16, 32), RECIPE, 0, windows=unknown)
+
+    def test_small_slices_fill_whole_batches(self, shards):
+        mixture, small = Mixture([Source(shards)], 0), SmallSlices(8, 0.6, 300, 4)
+        sampler = SliceSampler(mixture, Augmentation(16, 32), RECIPE, 0, small=small)
+        drawn = [sampler(n) for n in range(400)]
+        sizes = np.array([sample.image.shape[-1] for sample in drawn]).reshape(-1, 4)
+        assert (sizes == sizes[:, :1]).all() and set(sizes.flat) == {8, 16}
+        assert abs((sizes[:, 0] == 8).mean() - 0.6) < 0.25
+        assert all(sample.most_noise == (1000 if sample.image.shape[-1] == 8 else 300) for sample in drawn)
+        tasks = [Pretext().draw(tuple(s.image.shape), (0, s.number), s.most_noise).timestep for s in drawn]
+        assert max(t for t, s in zip(tasks, drawn, strict=True) if s.most_noise == 300) < 300 <= max(tasks)
 
     @pytest.mark.parametrize("damage", ["cut", "empty", "noise"])
     def test_damaged_shards_are_told(self, damage, shards, tmp_path, rng):
