@@ -137,7 +137,7 @@ class TestNoiseEstimate:
         assert found.sigma_hu == pytest.approx(sigma, rel=0.16)
 
     def test_anatomy_does_not_count_as_noise(self, generator, rng):
-        sigma = float(rng.uniform(10, 60))
+        sigma = float(rng.uniform(10, 35))
         images = add_image_noise(chest(), sigma, 1.2, SHARP, generator)
         found = estimate_noise(images, 1.2)
         assert found.is_sure and set(found.by_tissue) == set(Tissue)
