@@ -8,6 +8,7 @@ __all__ = [
     "OutOfMemory",
     "OutputError",
     "UnsuitableImage",
+    "UnsuitableProjections",
     "WeightError",
 ]
 
@@ -18,6 +19,10 @@ class LCTfoundError(Exception):
 
 class UnsuitableImage(LCTfoundError):
     """The input cannot be used: not a CT, not in HU, slices missing, no lungs in view, ..."""
+
+
+class UnsuitableProjections(LCTfoundError):
+    """Sinogram or scan geometry cannot be used: angles missing, detector too short, shapes that do not match, ..."""
 
 
 class WeightError(LCTfoundError):
