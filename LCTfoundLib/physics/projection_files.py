@@ -35,8 +35,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 import warnings as python_warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +170,7 @@ def _read_npz(path: Path) -> Projections:
             for entry in entries:
                 with archive.open(entry) as file:
                     arrays[entry.filename.removesuffix(".npy")] = _array(file, entry.file_size, path.name)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, RuntimeError, EOFError) as error:
         raise UnsuitableProjections(f"{path.name} is damaged; save it again with numpy.savez.") from error
     if "sinogram" not in arrays:
         raise UnsuitableProjections(f"{path.name} has no array named sinogram; save it under that name.")
@@ -184,7 +186,9 @@ def _array(file: IO[bytes], size: int, name: str) -> np.ndarray:
         version = np.lib.format.read_magic(file)
         header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, by_columns, kind = header(file)
-    except (ValueError, KeyError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # NumPy parses the header as Python and raises whatever its parser does
         raise UnsuitableProjections(f"{name} is no NumPy file or damaged; save it again with numpy.save.") from error
     if kind.hasobject or kind.kind not in "iufbU":
         raise UnsuitableProjections(f"{name} holds objects or complex values; save plain numbers instead.")
@@ -193,7 +197,7 @@ def _array(file: IO[bytes], size: int, name: str) -> np.ndarray:
         raise UnsuitableProjections(f"{name} holds {_times(shape)} values; split it into fewer slices.")
     # A billion values of no size would cost nothing in the file.
     wanted = number * kind.itemsize
-    if wanted > size or not kind.itemsize:
+    if wanted > size or not kind.itemsize or min(shape, default=0) < 0:
         raise UnsuitableProjections(f"{name} is cut off; copy or save it again.")
     data = file.read(wanted)
     if len(data) < wanted:

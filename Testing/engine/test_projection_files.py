@@ -145,6 +145,20 @@ class TestRefusedArrays:
             with pytest.raises(UnsuitableProjections, match="again"):
                 read_projections(path)
 
+    @pytest.mark.parametrize("suffix", [".npy", ".npz", ".nrrd"])
+    def test_broken_bytes_never_end_in_another_error(self, tmp_path, sinogram, rng, suffix):
+        path = write(tmp_path, sinogram, PARALLEL, suffix)
+        whole = path.read_bytes()
+        for _ in range(100):
+            broken = bytearray(whole)
+            for place in rng.integers(0, min(len(whole), 400), 3):
+                broken[place] = rng.integers(256)
+            path.write_bytes(broken)
+            try:
+                assert isinstance(read_projections(path), Projections)
+            except UnsuitableProjections as error:
+                assert str(error)
+
     def test_headers_that_promise_too_much(self, tmp_path):
         path = tmp_path / "scan.npy"
         for shape, words in (("(9999999, 9999, 9999)", "split it"), ("(2, 5, 12)", "cut off")):
