@@ -119,10 +119,12 @@ class SparseViewTask:
         grid = ImageGrid(self.size, self.size, _FIELD_MM / self.size)
         projector = Projector(grid, ParallelBeam.around(grid, views))
         rays = projector.forward(wanted * WATER_PER_MM)
-        if dose is not None:
-            generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + numbers.start)
-            rays = measure(rays, dose, generator)
-        return _Scan(wanted, UnrolledInput.of(rays, projector, dose), projector)
+        if dose is None:
+            return _Scan(wanted, UnrolledInput.of(rays, projector), projector)
+        generator = torch.Generator(device).manual_seed(self.seed * 1_000_003 + numbers.start)
+        noisy = measure(rays, dose, generator)
+        told = UnrolledInput.of(noisy, projector, dose.unattenuated(noisy), dose.electronic_noise)
+        return _Scan(wanted, told, projector)
 
 
 def _error(image: Tensor, wanted: Tensor) -> Tensor:

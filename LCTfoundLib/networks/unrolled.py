@@ -28,9 +28,8 @@ from torch.nn import functional as F
 from LCTfoundLib.errors import WeightError
 from LCTfoundLib.networks.restoration import RestorationConfig, RestorationNet
 from LCTfoundLib.physics.hounsfield import WATER_PER_MM
-from LCTfoundLib.physics.noise import Dose, statistical_weights
 from LCTfoundLib.physics.projector import Projector
-from LCTfoundLib.physics.solvers import conjugate_gradient, filtered_back_projection
+from LCTfoundLib.physics.solvers import conjugate_gradient, filtered_back_projection, poisson_weights
 from LCTfoundLib.weights.registry import Card, load_weight
 
 __all__ = [
@@ -98,7 +97,7 @@ class UnrolledInput:
         start: their filtered back-projection, in units of water, (N, H, W).
         noise: standard deviation of the noise in a line integral (without unit: before it is told in mm of water), of
             the median ray of each slice, (N,).
-        weights: of the rays, as ``statistical_weights``, 1 in the mean of a slice; None without noise.
+        weights: of the rays, as ``poisson_weights``, 1 in the mean of a slice; None without noise.
     """
 
     sinograms: Tensor
@@ -107,24 +106,38 @@ class UnrolledInput:
     weights: Tensor | None
 
     @classmethod
-    def of(cls, line_integrals: Tensor, projector: Projector, dose: Dose | None = None) -> UnrolledInput:
+    def of(
+        cls,
+        line_integrals: Tensor,
+        projector: Projector,
+        photons: Tensor | float | None = None,
+        electronic_noise: float = 0.0,
+        water_per_mm: float = WATER_PER_MM,
+    ) -> UnrolledInput:
         """Of measured line integrals.
 
         Args:
             line_integrals: (N, views, detectors), without unit.
             projector: of their geometry.
-            dose: they were measured with; None for rays without noise.
+            photons: of the rays in air, a number or what broadcasts to the rays; None for rays without noise.
+            electronic_noise: standard deviation, in photons.
+            water_per_mm: attenuation of water, 1/mm.
 
         Raises:
             UnsuitableProjections: they do not match, or hold no numbers.
         """
-        sinograms = line_integrals / WATER_PER_MM
+        sinograms = line_integrals / water_per_mm
         start = filtered_back_projection(projector, sinograms)
-        if dose is None:
+        if photons is None:
             return cls(sinograms, start, torch.zeros_like(start[:, 0, 0]), None)
-        weights = statistical_weights(line_integrals, dose)
+        weights = poisson_weights(line_integrals, photons, electronic_noise)
         noise = weights.flatten(1).median(dim=1).values.rsqrt()
         return cls(sinograms, start, noise, weights / weights.mean(dim=(1, 2), keepdim=True))
+
+    @property
+    def relative_noise(self) -> Tensor:
+        """In units of the deviation at which it begins to count, (N,)."""
+        return self.noise / _REFERENCE_NOISE
 
 
 @dataclass
@@ -157,7 +170,7 @@ class UnrolledNet(nn.Module):
         start = scan.start
         count = len(start)
         views = start.new_full((count,), math.log2(projector.beam.views / _REFERENCE_VIEWS))
-        told = torch.stack([torch.ones_like(views), views, torch.log1p(scan.noise / _REFERENCE_NOISE)], dim=1)
+        told = torch.stack([torch.ones_like(views), views, torch.log1p(scan.relative_noise)], dim=1)
         square = operator_norm(projector) ** 2
         x = before = start
         scale, iterates = torch.zeros_like(start), []

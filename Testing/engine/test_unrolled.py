@@ -13,7 +13,6 @@ from LCTfoundLib.networks.restoration import RestorationConfig, RestorationNet, 
 from LCTfoundLib.networks.unrolled import UnrolledConfig, UnrolledInput, UnrolledNet, operator_norm
 from LCTfoundLib.physics.geometry import ImageGrid, ParallelBeam
 from LCTfoundLib.physics.hounsfield import WATER_PER_MM
-from LCTfoundLib.physics.noise import Dose
 from LCTfoundLib.physics.projector import Projector
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -132,7 +131,7 @@ class TestUnrolledNet:
         projector, photons = a_projector(), float(10 ** rng.uniform(3.5, 5))
         images, scan = self.case(projector, 2, 2)
         rays = scan.sinograms * WATER_PER_MM
-        noisy = UnrolledInput.of(rays, projector, Dose(photons, electronic_noise=0.0))
+        noisy = UnrolledInput.of(rays, projector, photons)
         torch.testing.assert_close(noisy.weights.mean(dim=(1, 2)), torch.ones(2))
         middle = rays.flatten(1).median(dim=1).values.numpy()
         counts = rng.poisson(photons * np.exp(-middle), (20_000, 2))

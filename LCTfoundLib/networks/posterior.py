@@ -1,0 +1,108 @@
+"""Images that the backbone finds likely and the measurements allow: diffusion posterior sampling with data consistency.
+
+Each step of the way from noise to an image asks the backbone for the clean image, brings that near to the sinogram by a
+few steps of conjugate gradients begun there, and goes on from the corrected one (DDS; Chung et al., ICLR 2024, arXiv
+2303.05754): nothing is differentiated through the network. The way begins at a reconstruction under some noise rather
+than at noise alone (Chung et al., "Come-closer-diffuse-faster", CVPR 2022): a twentieth of the published 2,000 steps
+will do. Several draws tell what the measurements leave open: their mean is the best guess, their deviation how sure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from LCTfoundLib.networks.features import NoiseSchedule, noise_of
+from LCTfoundLib.networks.sampling import timesteps
+from LCTfoundLib.networks.unrolled import UnrolledInput, operator_norm
+from LCTfoundLib.physics.projector import Projector
+from LCTfoundLib.physics.solvers import conjugate_gradient
+
+__all__ = ["PosteriorSettings", "sample_posterior"]
+
+#: Draws of noise that one sample may make; the draws of the next one follow.
+_DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class PosteriorSettings:
+    """How a sample is drawn.
+
+    Attributes:
+        steps: evaluations of the backbone.
+        first: timestep to begin at.
+        trust: in the backbone's image against the measurements without noise, as a share of the projector's squared
+            norm.
+        consistency: steps of conjugate gradients in each step.
+        fresh: share of a step's noise that is drawn anew: 0 follows one path (DDIM), 1 forgets it.
+    """
+
+    steps: int = 8
+    first: int = 200
+    trust: float = 0.02
+    consistency: int = 4
+    fresh: float = 0.85
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.steps <= self.first + 1 <= NoiseSchedule.steps:
+            raise ValueError(f"{self.steps} steps from timestep {self.first}")
+        if not (self.trust > 0 and self.consistency >= 0 and 0 <= self.fresh <= 1):
+            raise ValueError(f"trust {self.trust}, {self.consistency} steps, {self.fresh} of the noise fresh")
+
+
+def sample_posterior(
+    predict: Callable[[Tensor, int], Tensor],
+    scan: UnrolledInput,
+    projector: Projector,
+    start: Tensor,
+    settings: PosteriorSettings | None = None,
+    seed: int = 0,
+    number: int = 0,
+    told: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """One draw of the slices of a scan.
+
+    Args:
+        predict: noise in (N, H, W) at a timestep of the training, in the window from air to bone (-1 is -1000 HU, 1 is
+            1000 HU); the slices may see their neighbors.
+        scan: what was measured.
+        projector: of the scan.
+        start: reconstruction to begin at, in units of water, (N, H, W).
+        settings: how.
+        seed: of the noise.
+        number: of the draw.
+        told: called with the number of finished steps before each.
+
+    Returns:
+        In units of water, (N, H, W).
+    """
+    settings = settings or PosteriorSettings()
+    schedule, times = NoiseSchedule(), timesteps(settings.steps, settings.first)
+    strength = settings.trust * operator_norm(projector) ** 2 * (1.0 + scan.relative_noise)[:, None, None]
+
+    def noise(draw: int) -> Tensor:
+        return noise_of(seed, number * _DRAWS + draw, start.shape).to(start)
+
+    clean = start - 1.0
+    state = float(schedule.signal[times[0]]) * clean + float(schedule.noise[times[0]]) * noise(0)
+    for done, step in enumerate(times):
+        told(done)
+        signal, share = float(schedule.signal[step]), float(schedule.noise[step])
+        clean = ((state - share * predict(state, step)) / signal).clamp(-1.0, 1.0)
+        clean = _consistent(scan, projector, clean + 1.0, strength, settings.consistency) - 1.0
+        if done + 1 == len(times):
+            break
+        left = (state - signal * clean) / share
+        mixed = (1.0 - settings.fresh**2) ** 0.5 * left + settings.fresh * noise(done + 1)
+        state = float(schedule.signal[times[done + 1]]) * clean + float(schedule.noise[times[done + 1]]) * mixed
+    return clean + 1.0
+
+
+def _consistent(scan: UnrolledInput, projector: Projector, image: Tensor, strength: Tensor, steps: int) -> Tensor:
+    if not steps:
+        return image
+    return conjugate_gradient(
+        projector, scan.sinograms, iterations=steps, prior=image, strength=strength, weights=scan.weights
+    )
