@@ -63,7 +63,7 @@ def _cg(setting: Setting) -> Reconstructor:
     return reconstruct
 
 
-@register("sirt", "SIRT", iterations=(20, 50, 100, 200, 400))
+@register("sirt", "SIRT", iterations=(50, 100, 200, 400))
 def _sirt(setting: Setting) -> Reconstructor:
     def reconstruct(sinogram: Tensor, projector: Projector, context: Context) -> Reconstructed:
         return Reconstructed(hu_of(sirt(projector, sinogram, iterations=context.parameters["iterations"])))
@@ -71,7 +71,7 @@ def _sirt(setting: Setting) -> Reconstructor:
     return reconstruct
 
 
-@register("tv", "TV", strength=(0.003, 0.01, 0.02, 0.05, 0.1, 0.2))
+@register("tv", "TV", strength=(0.003, 0.01, 0.03, 0.1))
 def _tv(setting: Setting) -> Reconstructor:
     def reconstruct(sinogram: Tensor, projector: Projector, context: Context) -> Reconstructed:
         # In pixels, so that one value serves every field of view.
