@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -19,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from LCTfoundLib import __version__
-from LCTfoundLib.errors import OutputError, UnsuitableImage
+from LCTfoundLib.errors import UnsuitableImage
 from LCTfoundLib.export.options import TRIANGLES, ExportOptions, Format
-from LCTfoundLib.export.output_folder import MANIFEST
-from LCTfoundLib.runtime.files import atomic_path, output_errors
+from LCTfoundLib.export.output_folder import check_output_folder
+from LCTfoundLib.runtime.files import atomic_path
 from LCTfoundLib.runtime.progress import Progress
 from LCTfoundLib.volume_checks import warnings_of
 
@@ -160,7 +159,7 @@ def run_case(
     """
     if not source.exists():
         raise UnsuitableImage(f"There is no file or folder {source}; check the path of the CT.")
-    _check_target(target, overwrite)
+    check_output_folder(target, overwrite)
     case, clock, to_export = name or case_name(source), _Clock(), options.export_options(source)
     reading, segmenting, exporting = Progress.of(progress).split(_SHARES)
     reading.update(0.0)
@@ -232,20 +231,6 @@ class _Clock:
 
     def total(self) -> float:
         return round(time.monotonic() - self.start, 2)
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    """Refuse before the long work what would fail after it."""
-    with output_errors(target):
-        if target.is_dir() and any(target.iterdir()):
-            if not (target / MANIFEST).is_file():
-                raise OutputError(f"{target} holds other files; name an empty or a new folder for the result.")
-            if not overwrite:
-                raise OutputError(f"{target} already holds a result; name another folder or add --overwrite.")
-        place = target
-        while not os.path.lexists(place):
-            place = place.parent
-        tempfile.TemporaryDirectory(dir=place).cleanup()
 
 
 def _check_export(ct: Volume, options: ExportOptions) -> None:

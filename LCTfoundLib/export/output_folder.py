@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -20,7 +21,7 @@ import psutil
 from LCTfoundLib.errors import OutputError
 from LCTfoundLib.runtime.files import output_errors
 
-__all__ = ["MANIFEST", "file_entries", "output_folder"]
+__all__ = ["MANIFEST", "check_output_folder", "file_entries", "output_folder"]
 
 MANIFEST = "manifest.json"
 _PRODUCT = "LCTfound"
@@ -54,6 +55,28 @@ def output_folder(folder: Path) -> Iterator[Path]:
                 _update(folder, stage)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+def check_output_folder(target: Path, overwrite: bool = False) -> None:
+    """Refuse before the long work what would fail after it.
+
+    Args:
+        target: must not exist, or be empty, or with ``overwrite`` hold an earlier result.
+        overwrite: replace an earlier result.
+
+    Raises:
+        OutputError: the folder is in use or cannot be written.
+    """
+    with output_errors(target):
+        if target.is_dir() and any(target.iterdir()):
+            if not (target / MANIFEST).is_file():
+                raise OutputError(f"{target} holds other files; name an empty or a new folder for the result.")
+            if not overwrite:
+                raise OutputError(f"{target} already holds a result; name another folder or add --overwrite.")
+        place = target
+        while not os.path.lexists(place):
+            place = place.parent
+        tempfile.TemporaryDirectory(dir=place).cleanup()
 
 
 def file_entries(folder: Path) -> list[dict[str, Any]]:
