@@ -22,8 +22,7 @@ from torch.nn import functional as F
 
 import LCTfoundLib
 from LCTfoundLib.errors import LCTfoundError, UnsuitableImage
-from LCTfoundLib.networks.conditions import WIDE, Condition
-from LCTfoundLib.networks.foundation import FoundationModel, Slices, load_foundation
+from LCTfoundLib.networks.foundation import FoundationModel, load_foundation
 from LCTfoundLib.networks.posterior import PosteriorSettings, sample_posterior
 from LCTfoundLib.networks.unrolled import UnrolledInput, UnrolledNet, load_unrolled
 from LCTfoundLib.physics.geometry import Beam, ImageGrid, ParallelBeam
@@ -32,9 +31,9 @@ from LCTfoundLib.physics.noise import Dose, measure
 from LCTfoundLib.physics.projection_files import Projections
 from LCTfoundLib.physics.projector import Projector
 from LCTfoundLib.physics.solvers import relative_residual, total_variation_reconstruction
-from LCTfoundLib.runtime.device import DeviceChoice, choose_device
+from LCTfoundLib.runtime.device import choose_device
 from LCTfoundLib.runtime.progress import Progress
-from LCTfoundLib.tasks.generation import NoisePredictor
+from LCTfoundLib.tasks.slice_predictor import SlicePredictor
 from LCTfoundLib.volume import Volume
 from LCTfoundLib.weights.registry import Card
 
@@ -58,8 +57,6 @@ INTERVAL_FACTOR = "interval factor"
 _SLICES = 4
 #: Strength of total variation, of a pixel, without noise, and iterations.
 _TV_STRENGTH, _TV_ITERATIONS = 0.01, 200
-#: Image sides that the backbone takes are multiples of this.
-_MULTIPLE = 16
 
 
 class Tier(StrEnum):
@@ -283,11 +280,11 @@ class _Run:
 
     def _best(self, start: Tensor, interval: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
         """Mean of the draws, and the interval of draws and net together."""
-        model = self._load_backbone(self.request.weights_folder).to(self.choice.device)
+        model = self._load_backbone(self.request.weights_folder)
         if model.card is not None:
             self._know(model.card)
         told, steps = self._input(self.scan.sinogram), self.request.posterior.steps
-        predict = _SlicePredictor(model, self.choice)
+        predict = SlicePredictor(model, self.choice, warn=self.progress.warn)
         draws = []
         for number in range(self.request.samples):
 
@@ -316,27 +313,6 @@ class _Run:
 
     def _know(self, card: Card) -> None:
         self.weights[card.name] = {"version": card.version, "sha256": card.sha256, "license": card.license}
-
-
-class _SlicePredictor:
-    """Noise in slices that are each other's neighbors, by the backbone in the window from air to bone."""
-
-    def __init__(self, model: FoundationModel, choice: DeviceChoice) -> None:
-        self._predict = NoisePredictor(model, Condition(WIDE), 1.0, choice)
-        self._neighbors = model.recipe.slices is Slices.NEIGHBORS
-
-    def __call__(self, noisy: Tensor, timestep: int) -> Tensor:
-        """(N, H, W) to the noise in it."""
-        height, width = noisy.shape[-2:]
-        padded = F.pad(noisy[None], (0, -width % _MULTIPLE, 0, -height % _MULTIPLE), mode="replicate")[0]
-        rows = torch.arange(len(noisy), device=noisy.device)
-        steps = (-1, 0, 1) if self._neighbors else (0, 0, 0)
-        around = torch.stack([(rows + step).clamp(0, len(noisy) - 1) for step in steps], dim=1)
-        found = []
-        for part in around.split(_SLICES):
-            answer = self._predict(padded[part], timestep)
-            found.append(answer[:, 1] if self._neighbors else answer.mean(dim=1))
-        return torch.cat(found)[..., :height, :width]
 
 
 def _factor(card: Card) -> float:

@@ -22,11 +22,11 @@ from LCTfoundLib.physics.noise import Dose
 from LCTfoundLib.physics.projector import Projector
 from LCTfoundLib.runtime.device import choose_device
 from LCTfoundLib.runtime.progress import CancelToken, Progress
+from LCTfoundLib.tasks.slice_predictor import SlicePredictor
 from LCTfoundLib.tasks.sparse_view import (
     INTERVAL_FACTOR,
     SparseViewRequest,
     Tier,
-    _SlicePredictor,
     reconstruct_sparse_view,
     scan_of_volume,
 )
@@ -214,7 +214,7 @@ class TestTiers:
             np.testing.assert_allclose(one[0], whole[1], atol=0.5)
 
     def test_the_backbone_sees_neighbors(self, ct):
-        predict = _SlicePredictor(backbone(), choose_device("cpu", "fp32"))
+        predict = SlicePredictor(backbone(), choose_device("cpu", "fp32"))
         noisy = torch.randn(6, 20, 24)
         with torch.no_grad():
             found = predict(noisy, 100)
