@@ -13,7 +13,7 @@ from scipy import ndimage
 from LCTfoundLib.anatomy.structures import SEGMENTS, STRUCTURES
 from LCTfoundLib.volume import Volume
 
-__all__ = ["Picture", "Plane", "SlicePainter", "draw_text"]
+__all__ = ["Picture", "Plane", "SlicePainter", "annotate", "draw_text"]
 
 #: HU shown black and white: the usual lung window, level -500, width 1600.
 _WINDOW = (-1300.0, 300.0)
@@ -101,7 +101,7 @@ class SlicePainter:
         image = _blend(gray, segments, trees, shape, overlay)
         if overlay:
             _name_segments(image, _enlarge(segments, shape))
-        _annotate(image, plane, scale)
+        annotate(image, plane, scale)
         return Picture(image, f"{plane.name.capitalize()}, {self._position(plane, index)}")
 
     def _extent(self) -> np.ndarray:
@@ -165,7 +165,7 @@ def _name_segments(image: Image.Image, labels: np.ndarray) -> None:
             draw_text(image, (int(x), int(y)), segment.short, 19, "mm")
 
 
-def _annotate(image: Image.Image, plane: Plane, scale: float) -> None:
+def annotate(image: Image.Image, plane: Plane, scale: float) -> None:
     """Patient sides at the edges and a 50 mm bar."""
     width, height = image.size
     left, right = ("A", "P") if plane is Plane.SAGITTAL else ("R", "L")
