@@ -1,4 +1,4 @@
-"""The shell: ``python -m LCTfoundLib segment-lungs IN OUT``, ``generate OUT``, ``demo``, ``doctor``, ``weights``, ...
+"""The shell: ``python -m LCTfoundLib segment-lungs IN OUT``, ``reconstruct sparse-view IN OUT``, ``generate OUT``, ...
 
 Results go to standard output, one folder a line (with ``--jsonl`` one JSON object a line); progress, warnings and
 errors go to standard error. Exit codes: 0 done, 1 unexpected error or some cases of a batch failed, 2 something the
@@ -175,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_segment_lungs(commands)
     _add_demo(commands)
     _add_generate(commands)
+    _add_reconstruct(commands)
     _add_doctor(commands)
     _add_weights(commands)
     _add_worker(commands)
@@ -237,6 +238,41 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--precision", help="fp32, fp16 or bf16 (default: the fastest that is safe)")
     parser.add_argument("--format", default="dicom", metavar="A,B,...", help="dicom, nrrd, png, npz (default: dicom)")
     parser.add_argument("--overwrite", action="store_true", help="replace images generated earlier")
+
+
+def _add_reconstruct(commands: Any) -> None:
+    text = "Reconstruct a CT from little. Research use only."
+    tasks = commands.add_parser("reconstruct", help=text, description=text)
+    tasks = tasks.add_subparsers(title="tasks", required=True, metavar="TASK")
+    _add_sparse_view(tasks)
+
+
+def _reconstruction(tasks: Any, name: str, run: Callable[..., int], text: str, source: str) -> argparse.ArgumentParser:
+    """A task of ``reconstruct`` with the options that all have."""
+    parser = _command(tasks, name, run, text)
+    parser.add_argument("input", type=Path, metavar="IN", help=source)
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder for the result")
+    parser.add_argument("--samples", type=int, default=4, help="draws of the slowest method (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same image")
+    parser.add_argument(
+        "--slices", default="", metavar="FROM:TO[:STEP]", help="to try it on a part; from 1 at the feet (default: all)"
+    )
+    parser.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="default: the fastest")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    return parser
+
+
+def _add_sparse_view(tasks: Any) -> None:
+    text = "Reconstruct a CT from few views, measured or simulated from a full CT."
+    source = "projections (.npy, .npz, .nrrd, DICOM-CT-PD folder), or a CT to scan with few views"
+    parser = _reconstruction(tasks, "sparse-view", _sparse_view, text, source)
+    parser.add_argument("--tier", choices=["preview", "fast", "best"], default="fast", help="default: %(default)s")
+    parser.add_argument("--views", type=int, help="of the scan (default: 16 of a CT, all of measured projections)")
+    parser.add_argument("--dose", type=float, help="of a simulated scan, of 100,000 photons a ray (default: no noise)")
+    parser.add_argument("--size", type=int, help="pixels of a side (default: the CT's; 256 or 512 of projections)")
+    parser.add_argument("--pixel-mm", type=float, help="of projections' images (default: what the detector covers)")
+    parser.add_argument("--field-mm", type=float, help="side of projections' images, instead of --pixel-mm")
+    parser.add_argument("--truncated", action="store_true", help="let the detector see less than the image")
 
 
 def _add_doctor(commands: Any) -> None:
@@ -361,6 +397,48 @@ def _generation_request(arguments: argparse.Namespace) -> GenerationRequest:
         device=arguments.device,
         precision=arguments.precision,
     )
+
+
+def _sparse_view(arguments: argparse.Namespace, console: Console, engine: Engine | None) -> int:
+    from LCTfoundLib.reconstruction_case import SliceChoice, SparseViewOptions, sparse_view_case
+    from LCTfoundLib.tasks.sparse_view import SparseViewRequest, Tier
+
+    request = SparseViewRequest(
+        tier=Tier(arguments.tier),
+        samples=arguments.samples,
+        seed=arguments.seed,
+        device=arguments.device,
+        weights_folder=arguments.weights_folder,
+        truncated=arguments.truncated,
+    )
+    options = SparseViewOptions(
+        request,
+        arguments.views,
+        arguments.dose,
+        arguments.size,
+        arguments.pixel_mm,
+        arguments.field_mm,
+        SliceChoice.parse(arguments.slices),
+    )
+    return _reconstruct(arguments, console, sparse_view_case(options))
+
+
+def _reconstruct(arguments: argparse.Namespace, console: Console, make: Callable[..., Any]) -> int:
+    """Run a task of ``reconstruct`` and tell what came of it."""
+    from LCTfoundLib.reconstruction_case import run_reconstruction, told_agreement
+
+    manifest = run_reconstruction(arguments.input, arguments.output, make, console.progress(), arguments.overwrite)
+    for text in manifest["notes"]:
+        console.note(f"Note: {text}")
+    for text in told_agreement(manifest):
+        console.note(text)
+    console.note(f"{manifest['notice']}. {manifest['intended_use']}")
+    console.result(
+        arguments.output,
+        files=[entry["path"] for entry in manifest["files"] if not entry["path"].startswith("dicom/")],
+        **{key: manifest[key] for key in ("synthetic", "agreement", "residual", "warnings", "notes", "provenance")},
+    )
+    return ExitCode.DONE
 
 
 def _doctor(arguments: argparse.Namespace, console: Console, engine: Engine | None) -> int:

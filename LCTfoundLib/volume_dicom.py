@@ -23,7 +23,7 @@ from LCTfoundLib.errors import Cancelled, UnsuitableImage
 from LCTfoundLib.runtime.progress import Progress
 from LCTfoundLib.volume import AIR, Volume
 
-__all__ = ["MAX_VOXELS", "SourceSeries", "is_dicom_file", "read_dicom", "source_series"]
+__all__ = ["MAX_VOXELS", "SourceSeries", "is_dicom_file", "read_dicom", "source_files", "source_series"]
 
 #: Larger images are refused before memory is asked for (int16: 3 GB).
 MAX_VOXELS = 1_500_000_000
@@ -156,6 +156,16 @@ def source_series(places: Sequence[Path]) -> SourceSeries:
             "export another format than DICOM SEG."
         )
     return SourceSeries(tuple((item.path, item.frame) for item in slices), stack.grid())
+
+
+def source_files(places: Sequence[Path]) -> list[Path]:
+    """The files of the slices that :func:`read_dicom` takes, each once, sorted along their normal.
+
+    Raises:
+        UnsuitableImage: as ``read_dicom``.
+    """
+    slices, _ = _chosen_slices(places, [], Progress())
+    return list(dict.fromkeys(item.path for item in slices))
 
 
 def _chosen_slices(

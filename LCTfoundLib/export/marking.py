@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from enum import StrEnum
 from typing import Any
 
 from LCTfoundLib import __version__
 
-__all__ = ["PRODUCT", "USE", "marked", "plain_ascii"]
+__all__ = ["PRODUCT", "USE", "Nature", "marked", "plain_ascii"]
 
 PRODUCT = "LCTfound"
 USE = "Research use only; not a medical device, not for diagnosis."
+
+
+class Nature(StrEnum):
+    """What an image is that was computed from a patient's scan."""
+
+    #: Of measured values alone.
+    DERIVED = "derived image"
+    #: Of a scan that was computed, not measured.
+    SIMULATED = "simulated scan"
+    #: With detail that a network may have made up.
+    SYNTHETIC_DETAIL = "synthetic detail"
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether some or all of it is no representation of what was measured, as DICOM puts it."""
+        return self is not Nature.DERIVED
 
 
 def marked(notice: str, summary: str, told: Mapping[str, Any], synthetic: bool = True) -> dict[str, str]:

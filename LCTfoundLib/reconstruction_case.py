@@ -1,0 +1,465 @@
+"""One reconstruction from its file to a finished result folder: what the shell's ``reconstruct`` commands share.
+
+A command's own function makes the image from the input; reading, refusing what cannot end well, comparing with a
+reference where there is one, and writing are the same for all. The result folder appears only when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import torch
+
+from LCTfoundLib.anatomy.agreement import Agreement, agreement_of, bodies
+from LCTfoundLib.case import case_name
+from LCTfoundLib.errors import LCTfoundError, OutputError, UnsuitableImage, UnsuitableProjections
+from LCTfoundLib.export.derived_series import DicomSource
+from LCTfoundLib.export.marking import Nature
+from LCTfoundLib.export.output_folder import MANIFEST, check_output_folder
+from LCTfoundLib.export.reconstruction import KIND, Reconstruction, write_reconstruction
+from LCTfoundLib.physics.geometry import FanBeam, ImageGrid
+from LCTfoundLib.physics.noise import Dose
+from LCTfoundLib.physics.projection_files import Projections, read_projections
+from LCTfoundLib.physics.projector import Projector
+from LCTfoundLib.physics.solvers import filtered_back_projection
+from LCTfoundLib.runtime.progress import Progress
+from LCTfoundLib.tasks.sparse_view import (
+    SparseViewRequest,
+    SparseViewResult,
+    Tier,
+    reconstruct_sparse_view,
+    scan_of_volume,
+)
+from LCTfoundLib.volume import Volume
+from LCTfoundLib.volume_checks import warnings_of
+from LCTfoundLib.volume_dicom import is_dicom_file
+from LCTfoundLib.volume_io import read_ct
+
+__all__ = ["SliceChoice", "SparseViewOptions", "run_reconstruction", "sparse_view_case", "told_agreement"]
+
+#: Views that a CT is scanned with when none are named.
+_VIEWS = 16
+#: Sides of the images of a scan: the larger one where the detector is fine enough to fill it.
+_SIDES, _FINE = (256, 512), 384
+#: Slices at a time.
+_SLICES = 4
+#: Slices whose distances differ by less than this share are evenly spaced.
+_EVEN = 0.02
+_FBP = "Filtered back-projection"
+_SIMULATED = (
+    "The scan was simulated from the CT, through the very pixels that are reconstructed and at one energy: a real scan "
+    "is harder."
+)
+_NO_HEIGHTS = "The scan does not tell where its slices lie: they are put 1 mm apart, from 0."
+_NO_POSITION = (
+    "The projections do not tell how the patient lay: head first and on the back is assumed; left and right may be "
+    "exchanged."
+)
+#: Private tags of DICOM-CT-PD: the angle of a view.
+_VIEW_ANGLE = 0x7031_1001
+#: Files of a folder that are looked at to tell projections from images.
+_LOOKED_AT = 20
+
+
+# -- what all have in common -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SliceChoice:
+    """A part of the slices, counted from 1 at the feet, both ends included.
+
+    Raises:
+        LCTfoundError: no slice can be in it.
+    """
+
+    first: int = 1
+    last: int | None = None
+    step: int = 1
+
+    def __post_init__(self) -> None:
+        if self.first < 1 or self.step < 1 or (self.last is not None and self.last < self.first):
+            raise LCTfoundError(
+                "No slice is chosen; give FROM:TO or FROM:TO:STEP, counted from 1 at the feet, for example 40:60."
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> SliceChoice:
+        """From ``FROM:TO``, ``FROM:TO:STEP`` (each may be left out), or a single number; empty: all.
+
+        Raises:
+            LCTfoundError: it is none of these.
+        """
+        parts = text.split(":") if text else ["", ""]
+        try:
+            numbers = [int(part) if part.strip() else None for part in parts]
+        except ValueError:
+            numbers = []
+        if len(numbers) == 1 and numbers[0] is not None:
+            return cls(numbers[0], numbers[0])
+        if not 2 <= len(numbers) <= 3:
+            raise LCTfoundError(f"'{text}' names no slices; give FROM:TO or FROM:TO:STEP, for example 40:60 or ::10.")
+        first, last, step = [*numbers, None][:3]
+        return cls(1 if first is None else first, last, 1 if step is None else step)
+
+    def of(self, count: int) -> range:
+        """Indices from 0 of so many slices.
+
+        Raises:
+            LCTfoundError: there are not that many.
+        """
+        if self.first > count:
+            raise LCTfoundError(f"There are {count} slices; choose of these with --slices, counted from 1.")
+        return range(self.first - 1, count if self.last is None else min(self.last, count), self.step)
+
+
+def run_reconstruction(
+    source: Path,
+    target: Path,
+    make: Callable[[Path, Progress], Reconstruction],
+    progress: Progress | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Reconstruct one case and write its result folder.
+
+    Args:
+        source: file or folder of the input.
+        target: result folder; must not exist, or be empty, or with ``overwrite`` hold an earlier reconstruction.
+        make: input -> what to write.
+        progress: told about stages; raises ``Cancelled`` when the user stopped.
+        overwrite: replace an earlier result.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        LCTfoundError: with ``target`` as it was before.
+    """
+    if not source.exists():
+        raise UnsuitableImage(f"There is no file or folder {source}; check the path of the input.")
+    _check_target(source, target, overwrite)
+    making, writing = Progress.of(progress).split({"Reconstructing": 92, "Writing": 8})
+    content = make(source, making)
+    return write_reconstruction(content, target, writing)
+
+
+def _check_target(source: Path, target: Path, overwrite: bool) -> None:
+    """Refuse before the long work what would fail after it, or lose the input."""
+    check_output_folder(target, overwrite)
+    if source.resolve().is_relative_to(target.resolve()):
+        raise OutputError(f"The input lies in {target}; name another folder for the result.")
+    if (target / MANIFEST).is_file() and _kind(target / MANIFEST) != KIND:
+        raise OutputError(f"{target} holds a result of another kind; name another folder for the reconstruction.")
+
+
+def _kind(manifest: Path) -> str:
+    try:
+        return str(json.loads(manifest.read_text(encoding="utf-8"))["kind"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def read_slices(source: Path, slices: SliceChoice, progress: Progress) -> tuple[Volume, range]:
+    """A checked CT, canonical, cut to the chosen slices, and their indices in it.
+
+    Raises:
+        UnsuitableImage, LCTfoundError, Cancelled: it cannot be read or has no such slices.
+    """
+    ct = read_ct(source, progress).to_canonical()
+    chosen = slices.of(len(ct.array))
+    x, y, z = ct.world_from_index(np.array([chosen.start, 0, 0]))
+    i, j, k = ct.spacing
+    array = ct.array[chosen.start : chosen.stop : chosen.step]
+    return Volume(array, (i, j, k * chosen.step), (x, y, z), ct.direction, dict(ct.metadata)), chosen
+
+
+def dicom_source(source: Path) -> DicomSource:
+    """Patient and study of a CT that was read from DICOM; nobody's for other formats."""
+    return DicomSource.of_ct(source) if source.is_dir() or is_dicom_file(source) else DicomSource()
+
+
+def compared(
+    reference: np.ndarray, images: Mapping[str, tuple[np.ndarray, np.ndarray | None]], pixel_mm: float
+) -> dict[str, Agreement]:
+    """How near images are to what they should be.
+
+    Args:
+        reference: HU, (N, H, W).
+        images: by name, HU and half of the width of their interval, if they have one.
+        pixel_mm: side of a pixel.
+
+    Returns:
+        By name; empty where no slice shows a body.
+    """
+    masks = bodies(reference, pixel_mm)
+    found = {name: agreement_of(reference, hu, masks, interval) for name, (hu, interval) in images.items()}
+    return {name: agreement for name, agreement in found.items() if agreement is not None}
+
+
+def told_agreement(manifest: Mapping[str, Any]) -> list[str]:
+    """A line for each image that was compared with a reference."""
+    lines = []
+    for name, found in manifest["agreement"].items():
+        psnr = "the same" if found["psnr"] is None else f"PSNR {found['psnr']:.1f} dB"
+        ssim = "" if found["ssim"] is None else f", SSIM {found['ssim']:.3f}"
+        covered = "" if found["covered"] is None else f", {100 * found['covered']:.0f} % within the 90 % interval"
+        lines.append(f"{name}: {psnr}{ssim}, RMSE {found['rmse_hu']:.0f} HU inside the body{covered}")
+    return lines
+
+
+# -- sparse view -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SparseViewOptions:
+    """What the user chose.
+
+    Attributes:
+        request: how to reconstruct.
+        views: of the scan; None takes 16 of a CT and all of measured projections.
+        dose: of a simulated scan, as a share of 100,000 photons a ray; None: without noise.
+        size: pixels of a side; None chooses.
+        pixel_mm, field_mm: of the images of measured projections, one of them; None takes what the detector covers.
+        slices: which to reconstruct.
+
+    Raises:
+        LCTfoundError: a number is out of its range.
+    """
+
+    request: SparseViewRequest = SparseViewRequest()
+    views: int | None = None
+    dose: float | None = None
+    size: int | None = None
+    pixel_mm: float | None = None
+    field_mm: float | None = None
+    slices: SliceChoice = SliceChoice()
+
+    def __post_init__(self) -> None:
+        if self.views is not None and self.views < 1:
+            raise LCTfoundError(f"{self.views} views are no scan; give --views 1 or more, for example 16.")
+        if self.dose is not None and not 0 < self.dose <= 100:
+            raise LCTfoundError(
+                f"A dose of {self.dose:g} cannot be simulated; give --dose as a share of 100,000 photons a ray, for "
+                "example 0.05."
+            )
+        if self.size is not None and not 16 <= self.size <= 2048:
+            raise LCTfoundError(f"Images of {self.size} pixels are not made; give --size between 16 and 2048.")
+        for name, value in (("--pixel-mm", self.pixel_mm), ("--field-mm", self.field_mm)):
+            if value is not None and not 0 < value < math.inf:
+                raise LCTfoundError(f"{name} {value:g} is no length; give it in mm, above 0.")
+        if self.pixel_mm is not None and self.field_mm is not None:
+            raise LCTfoundError("--pixel-mm and --field-mm say the same thing; give one of them.")
+
+
+def sparse_view_case(options: SparseViewOptions) -> Callable[[Path, Progress], Reconstruction]:
+    """The ``make`` of :func:`run_reconstruction`: from projections, or from a CT that is scanned with few views."""
+
+    def make(source: Path, progress: Progress) -> Reconstruction:
+        if _holds_projections(source):
+            return _of_projections(source, options, progress)
+        return _of_ct(source, options, progress)
+
+    return make
+
+
+def _of_ct(source: Path, options: SparseViewOptions, progress: Progress) -> Reconstruction:
+    """Scan a CT with few views, reconstruct, and compare with it."""
+    if options.pixel_mm is not None or options.field_mm is not None:
+        raise LCTfoundError("--pixel-mm and --field-mm are for projections; a CT keeps its field of view (see --size).")
+    reading, scanning, working = progress.split({"Reading the CT": 4, "Simulating the scan": 4, "Reconstructing": 92})
+    ct, chosen = read_slices(source, options.slices, reading)
+    identity = dicom_source(source)
+    scanning.update(0.0)
+    dose = None if options.dose is None else Dose(fraction=options.dose)
+    views = options.views or _VIEWS
+    scan, grid, slices = scan_of_volume(ct, views, dose, options.size, options.request.seed)
+    result = reconstruct_sparse_view(scan, grid, options.request, working)
+    where = _scanned_grid(ct, grid)
+    before = _filtered(scan, Projector(grid, scan.beam))
+    images = {_FBP: (before, None), "Reconstruction": (result.hu, result.interval_hu)}
+    notes = [_SIMULATED, *warnings_of(ct), *_apart(options, chosen.step)]
+    noise = "no noise" if dose is None else f"{100 * dose.fraction:g} % of {dose.photons:,.0f} photons"
+    content = _content(source, options, scan, grid, result, where, before, [number + 1 for number in chosen])
+    return replace(
+        content,
+        nature=Nature.SIMULATED if options.request.tier is Tier.PREVIEW else Nature.SYNTHETIC_DETAIL,
+        reference=where.with_array(slices),
+        agreement=compared(slices, images, grid.pixel_mm),
+        notes=notes,
+        facts={**content.facts, "simulated noise": noise},
+        provenance={**content.provenance, "simulated": {"views": views, "dose": options.dose, "noise": noise}},
+        source=identity,
+    )
+
+
+def _of_projections(source: Path, options: SparseViewOptions, progress: Progress) -> Reconstruction:
+    """Reconstruct what was measured."""
+    if options.dose is not None:
+        raise LCTfoundError("--dose is for scans simulated from a CT; these projections were measured.")
+    reading, working = progress.split({"Reading the projections": 8, "Reconstructing": 92})
+    reading.update(0.0)
+    scan = read_projections(source, reading.update)
+    chosen = options.slices.of(len(scan.sinogram))
+    scan = _with_views(_with_slices(scan, chosen), options.views)
+    grid = grid_of(scan, options)
+    result = reconstruct_sparse_view(scan, grid, options.request, working)
+    where, notes = _measured_grid(scan, grid)
+    before = _filtered(scan, Projector(grid, scan.beam, truncated=options.request.truncated))
+    content = _content(source, options, scan, grid, result, where, before, [number + 1 for number in chosen])
+    return replace(
+        content,
+        nature=Nature.DERIVED if options.request.tier is Tier.PREVIEW else Nature.SYNTHETIC_DETAIL,
+        notes=[*notes, _NO_POSITION, *_apart(options, chosen.step)],
+        source=DicomSource.of_files(_dicom_files(source)[:1]),
+    )
+
+
+def _content(
+    source: Path,
+    options: SparseViewOptions,
+    scan: Projections,
+    grid: ImageGrid,
+    result: SparseViewResult,
+    where: Volume,
+    before: np.ndarray,
+    numbers: Sequence[int],
+) -> Reconstruction:
+    tier, interval = options.request.tier, result.interval_hu
+    return Reconstruction(
+        case=case_name(source),
+        task="sparse-view reconstruction",
+        how=f"{tier.value}, {scan.beam.views} views",
+        image=where.with_array(result.hu),
+        before=where.with_array(before),
+        before_name=_FBP,
+        nature=Nature.SYNTHETIC_DETAIL,
+        interval=None if interval is None else where.with_array(interval),
+        residual=result.residual,
+        numbers=numbers,
+        warnings=result.warnings,
+        facts={
+            "views": str(scan.beam.views),
+            "tier": tier.value,
+            "grid": f"{grid.columns} x {grid.rows} x {len(result.hu)}, {grid.pixel_mm:.3g} mm",
+            "network evaluations a slice": str(result.evaluations),
+            "time": f"{result.provenance['seconds']:.0f} s",
+        },
+        provenance=result.provenance | {"source": str(source), "slices": [numbers[0], numbers[-1], len(numbers)]},
+    )
+
+
+def _filtered(scan: Projections, projector: Projector) -> np.ndarray:
+    """What a scanner would make of the views, HU, float32 (N, H, W)."""
+    with torch.inference_mode():
+        parts = [filtered_back_projection(projector, rays / scan.water_per_mm) for rays in scan.sinogram.split(_SLICES)]
+    return ((torch.cat(parts) - 1.0) * 1000.0).numpy()
+
+
+def _apart(options: SparseViewOptions, step: int) -> list[str]:
+    if step == 1 or options.request.tier is not Tier.BEST:
+        return []
+    return [f"Every {step}th slice alone: the best tier takes the slices for neighbors, which they are not."]
+
+
+def _scanned_grid(ct: Volume, grid: ImageGrid) -> Volume:
+    """Where the padded, averaged slices of ``scan_of_volume`` lie."""
+    rows, columns = ct.shape[1:]
+    side, step = max(rows, columns), max(rows, columns) // grid.rows
+    corner = [(step - 1) / 2 - (side - n) // 2 for n in (rows, columns)]
+    x, y, z = ct.world_from_index(np.array([0, *corner]))
+    array = np.broadcast_to(np.float32(0), (len(ct.array), grid.rows, grid.columns))
+    return Volume(array, (grid.pixel_mm, grid.pixel_mm, ct.spacing[2]), (x, y, z), ct.direction, dict(ct.metadata))
+
+
+# -- projections -----------------------------------------------------------------------------------------------------
+
+
+def _holds_projections(source: Path) -> bool:
+    """Whether the input is a sinogram rather than a CT.
+
+    NumPy files are; an NRRD file with a geometry beside it is; a folder is by its first DICOM files.
+    """
+    if source.is_dir():
+        return any(_is_view(file) for file in _dicom_files(source))
+    suffix = source.suffix.lower()
+    if suffix == ".nrrd":
+        return _tells_geometry(source.with_suffix(".json"))
+    return suffix in (".npy", ".npz") or (is_dicom_file(source) and _is_view(source))
+
+
+def _tells_geometry(side: Path) -> bool:
+    try:
+        return "geometry" in json.loads(side.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
+def _dicom_files(folder: Path) -> list[Path]:
+    """The first DICOM files of a folder; none of a file."""
+    if not folder.is_dir():
+        return []
+    files = sorted(path for path in folder.iterdir() if path.is_file())[:_LOOKED_AT]
+    return [path for path in files if is_dicom_file(path)]
+
+
+def _is_view(file: Path) -> bool:
+    try:
+        return _VIEW_ANGLE in pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[_VIEW_ANGLE])
+    except Exception:  # pydicom raises whatever a broken file makes it raise
+        return False
+
+
+def _with_slices(scan: Projections, chosen: range) -> Projections:
+    indices = list(chosen)
+    return replace(
+        scan, sinogram=scan.sinogram[indices], heights_mm=tuple(scan.heights_mm[k] for k in indices if scan.heights_mm)
+    )
+
+
+def _with_views(scan: Projections, views: int | None) -> Projections:
+    """The scan with so many of its views, spread evenly over its angles."""
+    total = scan.beam.views
+    if views is None or views == total:
+        return scan
+    if views > total:
+        raise UnsuitableProjections(f"The scan has {total} views; give --views {total} or fewer.")
+    order = np.argsort(np.mod(scan.beam.angles, scan.beam.turn), kind="stable")
+    chosen = sorted(int(order[view * total // views]) for view in range(views))
+    photons = scan.photons
+    if photons is not None and photons.ndim == 2 and photons.shape[0] == total:
+        photons = photons[chosen]
+    return replace(scan, sinogram=scan.sinogram[:, chosen], beam=scan.beam.subset(chosen), photons=photons)
+
+
+def grid_of(scan: Projections, options: SparseViewOptions) -> ImageGrid:
+    """The images' grid: as asked for, else the largest square whose circle the detector covers."""
+    beam = scan.beam
+    field_mm = 2 * beam.field_mm
+    near = beam.source_isocenter_mm / beam.source_detector_mm if isinstance(beam, FanBeam) else 1.0
+    fine = field_mm / (beam.pitch_mm * near) >= _FINE
+    size = options.size or _SIDES[fine]
+    pixel_mm = options.pixel_mm or (options.field_mm or field_mm) / size
+    return ImageGrid(size, size, pixel_mm)
+
+
+def _measured_grid(scan: Projections, grid: ImageGrid) -> tuple[Volume, list[str]]:
+    """Where the slices lie, in LPS mm around the isocenter, and what was assumed of it."""
+    step, first, notes = 1.0, 0.0, [_NO_HEIGHTS]
+    if scan.heights_mm:
+        heights = np.asarray(scan.heights_mm)
+        steps = np.diff(heights)
+        step, first = (float(np.mean(steps)) if steps.size else 1.0), float(heights[0])
+        if steps.size and (step <= 0 or np.abs(steps - step).max() > _EVEN * step):
+            raise UnsuitableProjections(
+                "The slices do not rise evenly; choose those that do with --slices, or correct heights_mm."
+            )
+        notes = []
+    array = np.broadcast_to(np.float32(0), (len(scan.sinogram), grid.rows, grid.columns))
+    place = (float(grid.x_mm[0]), float(-grid.y_mm[0]), first)
+    return Volume(array, (grid.pixel_mm, grid.pixel_mm, step), place, metadata={"Modality": "CT"}), notes
