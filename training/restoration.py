@@ -239,6 +239,10 @@ def task_of(config: Mapping[str, Any], mixture: Mixture, held_out: Mixture | Non
         from training.sparse_view import SparseViewTask
 
         return SparseViewTask(config, mixture, held_out)
+    if config["task"] == "low_dose":
+        from training.low_dose import LowDoseTask
+
+        return LowDoseTask(config, mixture, held_out)
     raise LCTfoundError(f"There is no restoration task '{config['task']}'; see training/configs.")
 
 

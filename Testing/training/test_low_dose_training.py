@@ -1,0 +1,179 @@
+"""Training of the low-dose net: scans against the engine's physics, what the net is told, and that it learns."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from LCTfoundLib.errors import WeightError
+from LCTfoundLib.networks.low_dose import LOW_DOSE_SHAPE, LOW_DOSE_WEIGHT, LowDoseNet, load_low_dose
+from LCTfoundLib.physics.geometry import ImageGrid, ParallelBeam
+from LCTfoundLib.physics.hounsfield import WATER_PER_MM
+from LCTfoundLib.physics.noise import SHARP, SOFT, Dose
+from LCTfoundLib.physics.projector import Projector
+from LCTfoundLib.physics.solvers import filtered_back_projection
+from training.curation.shards import ShardWriter
+from training.low_dose import AIR, LowDoseScanner, _Draw
+from training.restoration import Trainer, task_of
+from training.shard_stream import Mixture, Source
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONFIG = {
+    "task": "low_dose",
+    "seed": 3,
+    "network": {"channels": [8, 12], "blocks": [1, 1]},
+    "data": {
+        "size": 32,
+        "views": 48,
+        "field_mm": [300.0, 420.0],
+        "photons": 1e5,
+        "electronic_noise": 10.0,
+        "fractions": [0.02, 0.5],
+    },
+    "optimizer": {"lr": 3e-3, "warmup": 2, "steps": 4, "batch": 2, "ema": 0.9},
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """Three studies of soft blobs in a body in air, whose slices resemble their neighbors."""
+    rng, folder = np.random.default_rng(), tmp_path_factory.mktemp("shards")
+    with ShardWriter(folder) as writer:
+        for study in range(3):
+            hu = ndimage.gaussian_filter(rng.normal(0, 1, (6, 40, 40)), (1, 4, 4))
+            hu = np.where(np.hypot(*np.mgrid[-20:20, -20:20]) < 15, 40 + 6000 * hu, -1024)
+            facts = {"study": f"s{study}", "labels": {}, "source": "blobs", "license": "CC0-1.0"}
+            writer.add(hu.clip(-1024, 1500).astype(np.int16), facts)
+        staged = writer.close()
+    (folder / staged.staging).rename(folder / "shard-0.tar")
+    return folder
+
+
+def trainer_of(shards: Path, run: Path, **optimizer: float) -> Trainer:
+    config = CONFIG | {"optimizer": CONFIG["optimizer"] | optimizer}
+    mixture = Mixture([Source(shards)], 3)
+    return Trainer(config, task_of(config, mixture, Mixture([Source(shards)], 0)), run, mixture.data)
+
+
+class TestScanner:
+    @pytest.mark.parametrize("kernel", [SOFT, SHARP], ids=["soft", "sharp"])
+    def test_it_is_the_projector_and_the_filtered_back_projection_of_the_engine(self, rng, kernel):
+        size, views, pixel = 40, 30, float(rng.uniform(0.5, 3))
+        slices = torch.from_numpy(rng.uniform(0, 2, (2, size, size)).astype(np.float32))
+        scanner, grid = LowDoseScanner(size, views), ImageGrid(size, size, pixel)
+        projector = Projector(grid, ParallelBeam.around(grid, views))
+        rays = scanner.rays(slices, pixel)
+        torch.testing.assert_close(rays, projector.forward(slices * WATER_PER_MM), atol=1e-5, rtol=1e-5)
+        wanted = filtered_back_projection(projector, rays, kernel.ramp, kernel.cutoff) / WATER_PER_MM
+        torch.testing.assert_close(scanner.images(rays, [kernel] * 2, pixel), wanted, atol=2e-4, rtol=2e-4)
+
+    def test_each_slice_has_its_own_kernel_and_pixel(self, rng):
+        scanner = LowDoseScanner(24, 20)
+        slices = torch.from_numpy(rng.uniform(0, 2, (2, 24, 24)).astype(np.float32))
+        pixels = torch.tensor([0.7, 1.9])[:, None, None]
+        together = scanner.images(scanner.rays(slices, pixels), [SOFT, SHARP], pixels)
+        for row, kernel in enumerate((SOFT, SHARP)):
+            pixel = float(pixels[row])
+            alone = scanner.images(scanner.rays(slices[row : row + 1], pixel), [kernel], pixel)
+            torch.testing.assert_close(together[row], alone[0], atol=1e-5, rtol=1e-4)
+
+
+class TestPairs:
+    def pair(self, task, **options):
+        draw = _Draw(**({"dose": Dose(1e5, 0.05), "pixel_mm": 10.0, "current": 0.0} | options))
+        return task._pair(task._held_out, range(6), [draw] * 6)
+
+    def test_noise_is_independent_from_slice_to_slice_and_grows_as_the_dose_falls(self, shards, tmp_path):
+        task = trainer_of(shards, tmp_path).task
+        high, low, clean = (
+            self.pair(task, dose=Dose(1e5, share, noise)) for share, noise in ((0.5, 10), (0.05, 10), (1e6, 0))
+        )
+        assert torch.equal(high.wanted, low.wanted)
+        torch.testing.assert_close(clean.slices[:, 1], clean.wanted, atol=2e-3, rtol=0)
+        inside = (torch.from_numpy(np.hypot(*np.mgrid[-16:16, -16:16])) < 9).expand(6, -1, -1)
+        deviations = [float((pair.slices[:, 1] - pair.wanted)[inside].std()) for pair in (high, low)]
+        # Ten times fewer photons: the root of ten at least, more by the electronics' noise.
+        assert 2.5 < deviations[1] / deviations[0] < 6
+        noise = low.slices - clean.slices
+        apart = [row for row in range(6) if not torch.equal(low.slices[row, 0], low.slices[row, 1])]
+        assert apart
+        both = torch.stack([noise[apart, 0][inside[apart]], noise[apart, 1][inside[apart]]])
+        assert abs(float(torch.corrcoef(both)[0, 1])) < 0.25
+
+    def test_a_slice_without_neighbors_is_seen_three_times_with_the_same_noise(self, shards, tmp_path):
+        """Three draws of one anatomy would be an average to take, which no scan offers."""
+        task = trainer_of(shards, tmp_path).task
+        alone = self.pair(task, alone=True)
+        assert torch.equal(alone.slices[:, 0], alone.slices[:, 1]) and torch.equal(
+            alone.slices[:, 2], alone.slices[:, 1]
+        )
+        beside = self.pair(task)
+        for number in range(6):
+            triple = task._held_out(number)
+            for place in (0, 2):
+                stands_in = torch.equal(triple[place], triple[1])
+                assert torch.equal(beside.slices[number, place], beside.slices[number, 1]) == stands_in
+
+    def test_the_net_is_told_the_noise_about_as_it_is(self, shards, tmp_path):
+        task = trainer_of(shards, tmp_path).task
+        pair = self.pair(task, noise_off=1.0)
+        inside = torch.from_numpy(np.hypot(*np.mgrid[-16:16, -16:16])) < 9
+        truth = 1000 * (pair.slices[:, 1] - pair.wanted)[:, inside].std(dim=1)
+        ratio = pair.sigma_hu / truth
+        print(ratio)
+        assert 0.4 < float(ratio.median()) < 2.5
+        off = self.pair(task, noise_off=1.3)
+        torch.testing.assert_close(off.sigma_hu, 1.3 * pair.sigma_hu)
+
+    def test_values_are_cut_where_scanners_cut_them(self, shards, tmp_path):
+        pair = self.pair(trainer_of(shards, tmp_path).task, dose=Dose(1e5, 0.02))
+        assert float(pair.slices.min()) == pytest.approx(AIR) and float(pair.wanted.min()) >= AIR - 1e-6
+
+    def test_a_step_is_a_function_of_its_number(self, shards, tmp_path):
+        task = trainer_of(shards, tmp_path).task
+        assert float(task.loss(5)) == float(task.loss(5)) != float(task.loss(6))
+        draws = [task._draw(number) for number in range(200)]
+        shares = np.array([draw.dose.fraction for draw in draws])
+        assert 0.02 <= shares.min() < 0.04 and 0.25 < shares.max() <= 0.5
+        assert 0.05 < np.mean([draw.alone for draw in draws]) < 0.2
+        assert len({draw.dose.kernel.ramp for draw in draws}) == 4
+
+
+def test_it_learns(shards, tmp_path):
+    trainer = trainer_of(shards, tmp_path, steps=120)
+    before = trainer.scores()
+    trainer.fit(score_every=1000)
+    after = trainer.scores()
+    print(before, after)
+    assert before["psnr"] == pytest.approx(before["input psnr"])  # an untrained net changes nothing
+    assert after["psnr"] > after["input psnr"] + 3
+    assert 0.6 < after["inside"] <= 1
+
+
+def test_the_weight_loads_in_the_engine(shards, tmp_path):
+    trainer = trainer_of(shards, tmp_path / "run")
+    trainer.fit()
+    card = trainer.export(tmp_path, "1", {"psnr": 1.0})
+    assert card.name == LOW_DOSE_WEIGHT and card.license == "CC0-1.0" and "simulated" in card.limits
+    network, loaded = load_low_dose(folder=tmp_path)
+    assert loaded.training["steps"] == 4 and not network.training
+    for key, value in network.state_dict().items():
+        torch.testing.assert_close(value, trainer.average[key], atol=2e-3, rtol=2e-3)
+    path = tmp_path / f"{card.name}.json"
+    values = json.loads(path.read_text())
+    values["architecture_parameters"]["numbers"] = 3
+    path.write_text(json.dumps(values))
+    with pytest.raises(WeightError, match="not what its card describes"):
+        load_low_dose(folder=tmp_path)
+
+
+def test_the_shipped_shape_fits_its_budget():
+    assert LowDoseNet(LOW_DOSE_SHAPE).parameter_count <= 1.5e6
+    assert math.isclose(LowDoseNet(LOW_DOSE_SHAPE).parameter_count / 1e6, 1.28, abs_tol=0.01)
