@@ -245,6 +245,7 @@ def _add_reconstruct(commands: Any) -> None:
     tasks = commands.add_parser("reconstruct", help=text, description=text)
     tasks = tasks.add_subparsers(title="tasks", required=True, metavar="TASK")
     _add_sparse_view(tasks)
+    _add_low_dose(tasks)
 
 
 def _reconstruction(tasks: Any, name: str, run: Callable[..., int], text: str, source: str) -> argparse.ArgumentParser:
@@ -252,7 +253,6 @@ def _reconstruction(tasks: Any, name: str, run: Callable[..., int], text: str, s
     parser = _command(tasks, name, run, text)
     parser.add_argument("input", type=Path, metavar="IN", help=source)
     parser.add_argument("output", type=Path, metavar="OUT", help="folder for the result")
-    parser.add_argument("--samples", type=int, default=4, help="draws of the slowest method (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same image")
     parser.add_argument(
         "--slices", default="", metavar="FROM:TO[:STEP]", help="to try it on a part; from 1 at the feet (default: all)"
@@ -267,12 +267,23 @@ def _add_sparse_view(tasks: Any) -> None:
     source = "projections (.npy, .npz, .nrrd, DICOM-CT-PD folder), or a CT to scan with few views"
     parser = _reconstruction(tasks, "sparse-view", _sparse_view, text, source)
     parser.add_argument("--tier", choices=["preview", "fast", "best"], default="fast", help="default: %(default)s")
+    parser.add_argument("--samples", type=int, default=4, help="draws of the best tier (default: %(default)s)")
     parser.add_argument("--views", type=int, help="of the scan (default: 16 of a CT, all of measured projections)")
     parser.add_argument("--dose", type=float, help="of a simulated scan, of 100,000 photons a ray (default: no noise)")
     parser.add_argument("--size", type=int, help="pixels of a side (default: the CT's; 256 or 512 of projections)")
     parser.add_argument("--pixel-mm", type=float, help="of projections' images (default: what the detector covers)")
     parser.add_argument("--field-mm", type=float, help="side of projections' images, instead of --pixel-mm")
     parser.add_argument("--truncated", action="store_true", help="let the detector see less than the image")
+
+
+def _add_low_dose(tasks: Any) -> None:
+    text = "Take the noise out of a low-dose CT."
+    parser = _reconstruction(tasks, "low-dose", _low_dose, text, "DICOM folder, NIfTI, NRRD or MHA file")
+    parser.add_argument("--tier", choices=["fast", "best"], default="fast", help="default: %(default)s")
+    parser.add_argument("--strength", type=float, default=1.0, help="0 changes nothing, 1 most (default: %(default)s)")
+    parser.add_argument("--noise-hu", type=float, help="standard deviation in soft tissue (default: told by the CT)")
+    parser.add_argument("--dose", type=float, help="share of the full dose, if that is known instead")
+    parser.add_argument("--simulate", type=float, metavar="DOSE", help="add a dose's noise first, and compare")
 
 
 def _add_doctor(commands: Any) -> None:
@@ -421,6 +432,22 @@ def _sparse_view(arguments: argparse.Namespace, console: Console, engine: Engine
         SliceChoice.parse(arguments.slices),
     )
     return _reconstruct(arguments, console, sparse_view_case(options))
+
+
+def _low_dose(arguments: argparse.Namespace, console: Console, engine: Engine | None) -> int:
+    from LCTfoundLib.reconstruction_case import LowDoseOptions, SliceChoice, low_dose_case
+    from LCTfoundLib.tasks.low_dose import LowDoseRequest, LowDoseTier
+
+    request = LowDoseRequest(
+        tier=LowDoseTier(arguments.tier),
+        strength=arguments.strength,
+        sigma_hu=arguments.noise_hu,
+        dose=arguments.dose,
+        device=arguments.device,
+        weights_folder=arguments.weights_folder,
+    )
+    options = LowDoseOptions(request, arguments.simulate, arguments.seed, SliceChoice.parse(arguments.slices))
+    return _reconstruct(arguments, console, low_dose_case(options))
 
 
 def _reconstruct(arguments: argparse.Namespace, console: Console, make: Callable[..., Any]) -> int:

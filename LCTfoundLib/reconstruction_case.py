@@ -1,4 +1,4 @@
-"""One reconstruction from its file to a finished result folder: what the shell's ``reconstruct`` commands share.
+"""One reconstruction from its file to a finished result folder: what the shell's ``reconstruct`` tasks do and share.
 
 A command's own function makes the image from the input; reading, refusing what cannot end well, comparing with a
 reference where there is one, and writing are the same for all. The result folder appears only when it is whole.
@@ -14,22 +14,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydicom
 import torch
 
 from LCTfoundLib.anatomy.agreement import Agreement, agreement_of, bodies
 from LCTfoundLib.case import case_name
-from LCTfoundLib.errors import LCTfoundError, OutputError, UnsuitableImage, UnsuitableProjections
+from LCTfoundLib.errors import LCTfoundError, OutputError, UnsuitableImage
 from LCTfoundLib.export.derived_series import DicomSource
 from LCTfoundLib.export.marking import Nature
 from LCTfoundLib.export.output_folder import MANIFEST, check_output_folder
 from LCTfoundLib.export.reconstruction import KIND, Reconstruction, write_reconstruction
-from LCTfoundLib.physics.geometry import FanBeam, ImageGrid
-from LCTfoundLib.physics.noise import Dose
+from LCTfoundLib.export.reconstruction_pictures import line_plot
+from LCTfoundLib.export.slices import Picture
+from LCTfoundLib.physics.geometry import ImageGrid
+from LCTfoundLib.physics.noise import SOFT, Dose, add_image_noise
 from LCTfoundLib.physics.projection_files import Projections, read_projections
 from LCTfoundLib.physics.projector import Projector
 from LCTfoundLib.physics.solvers import filtered_back_projection
 from LCTfoundLib.runtime.progress import Progress
+from LCTfoundLib.scan_input import (
+    dicom_files,
+    grid_of_scan,
+    hint_of_geometry,
+    holds_projections,
+    volume_of_scan,
+    with_slices,
+    with_views,
+)
+from LCTfoundLib.tasks.low_dose import LowDoseRequest, LowDoseResult, reduce_noise, standard_curve
 from LCTfoundLib.tasks.sparse_view import (
     SparseViewRequest,
     SparseViewResult,
@@ -42,30 +53,29 @@ from LCTfoundLib.volume_checks import warnings_of
 from LCTfoundLib.volume_dicom import is_dicom_file
 from LCTfoundLib.volume_io import read_ct
 
-__all__ = ["SliceChoice", "SparseViewOptions", "run_reconstruction", "sparse_view_case", "told_agreement"]
+__all__ = [
+    "LowDoseOptions",
+    "SliceChoice",
+    "SparseViewOptions",
+    "low_dose_case",
+    "run_reconstruction",
+    "sparse_view_case",
+    "told_agreement",
+]
 
 #: Views that a CT is scanned with when none are named.
 _VIEWS = 16
-#: Sides of the images of a scan: the larger one where the detector is fine enough to fill it.
-_SIDES, _FINE = (256, 512), 384
 #: Slices at a time.
 _SLICES = 4
-#: Slices whose distances differ by less than this share are evenly spaced.
-_EVEN = 0.02
 _FBP = "Filtered back-projection"
+_NOISE_ADDED = (
+    "The noise was simulated: added to the CT, alike everywhere. A real low-dose scan has streaks, and the CT's own "
+    "noise is taken for truth here."
+)
 _SIMULATED = (
     "The scan was simulated from the CT, through the very pixels that are reconstructed and at one energy: a real scan "
     "is harder."
 )
-_NO_HEIGHTS = "The scan does not tell where its slices lie: they are put 1 mm apart, from 0."
-_NO_POSITION = (
-    "The projections do not tell how the patient lay: head first and on the back is assumed; left and right may be "
-    "exchanged."
-)
-#: Private tags of DICOM-CT-PD: the angle of a view.
-_VIEW_ANGLE = 0x7031_1001
-#: Files of a folder that are looked at to tell projections from images.
-_LOOKED_AT = 20
 
 
 # -- what all have in common -----------------------------------------------------------------------------------------
@@ -261,7 +271,7 @@ def sparse_view_case(options: SparseViewOptions) -> Callable[[Path, Progress], R
     """The ``make`` of :func:`run_reconstruction`: from projections, or from a CT that is scanned with few views."""
 
     def make(source: Path, progress: Progress) -> Reconstruction:
-        if _holds_projections(source):
+        if holds_projections(source):
             return _of_projections(source, options, progress)
         return _of_ct(source, options, progress)
 
@@ -273,7 +283,10 @@ def _of_ct(source: Path, options: SparseViewOptions, progress: Progress) -> Reco
     if options.pixel_mm is not None or options.field_mm is not None:
         raise LCTfoundError("--pixel-mm and --field-mm are for projections; a CT keeps its field of view (see --size).")
     reading, scanning, working = progress.split({"Reading the CT": 4, "Simulating the scan": 4, "Reconstructing": 92})
-    ct, chosen = read_slices(source, options.slices, reading)
+    try:
+        ct, chosen = read_slices(source, options.slices, reading)
+    except UnsuitableImage as error:
+        raise UnsuitableImage(f"{error}{hint_of_geometry(source)}") from error
     identity = dicom_source(source)
     scanning.update(0.0)
     dose = None if options.dose is None else Dose(fraction=options.dose)
@@ -306,17 +319,17 @@ def _of_projections(source: Path, options: SparseViewOptions, progress: Progress
     reading.update(0.0)
     scan = read_projections(source, reading.update)
     chosen = options.slices.of(len(scan.sinogram))
-    scan = _with_views(_with_slices(scan, chosen), options.views)
-    grid = grid_of(scan, options)
+    scan = with_views(with_slices(scan, chosen), options.views)
+    grid = grid_of_scan(scan, options.size, options.pixel_mm, options.field_mm)
+    where, notes = volume_of_scan(scan, grid)
     result = reconstruct_sparse_view(scan, grid, options.request, working)
-    where, notes = _measured_grid(scan, grid)
     before = _filtered(scan, Projector(grid, scan.beam, truncated=options.request.truncated))
     content = _content(source, options, scan, grid, result, where, before, [number + 1 for number in chosen])
     return replace(
         content,
         nature=Nature.DERIVED if options.request.tier is Tier.PREVIEW else Nature.SYNTHETIC_DETAIL,
-        notes=[*notes, _NO_POSITION, *_apart(options, chosen.step)],
-        source=DicomSource.of_files(_dicom_files(source)[:1]),
+        notes=[*notes, *_apart(options, chosen.step)],
+        source=DicomSource.of_files(dicom_files(source)[:1]),
     )
 
 
@@ -377,89 +390,109 @@ def _scanned_grid(ct: Volume, grid: ImageGrid) -> Volume:
     return Volume(array, (grid.pixel_mm, grid.pixel_mm, ct.spacing[2]), (x, y, z), ct.direction, dict(ct.metadata))
 
 
-# -- projections -----------------------------------------------------------------------------------------------------
+# -- low dose --------------------------------------------------------------------------------------------------------
 
 
-def _holds_projections(source: Path) -> bool:
-    """Whether the input is a sinogram rather than a CT.
+@dataclass(frozen=True)
+class LowDoseOptions:
+    """What the user chose.
 
-    NumPy files are; an NRRD file with a geometry beside it is; a folder is by its first DICOM files.
+    Attributes:
+        request: how to reduce the noise.
+        simulate: add noise to the CT first, as of this share of the full dose, and compare with the CT as it was.
+        seed: of that noise.
+        slices: which to restore.
+
+    Raises:
+        LCTfoundError: a number is out of its range.
     """
-    if source.is_dir():
-        return any(_is_view(file) for file in _dicom_files(source))
-    suffix = source.suffix.lower()
-    if suffix == ".nrrd":
-        return _tells_geometry(source.with_suffix(".json"))
-    return suffix in (".npy", ".npz") or (is_dicom_file(source) and _is_view(source))
+
+    request: LowDoseRequest = LowDoseRequest()
+    simulate: float | None = None
+    seed: int = 0
+    slices: SliceChoice = SliceChoice()
+
+    def __post_init__(self) -> None:
+        if self.simulate is not None and not 0 < self.simulate <= 1:
+            raise LCTfoundError(
+                f"A dose of {self.simulate:g} cannot be simulated; give --simulate above 0 and at most 1."
+            )
 
 
-def _tells_geometry(side: Path) -> bool:
-    try:
-        return "geometry" in json.loads(side.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return False
+def low_dose_case(options: LowDoseOptions) -> Callable[[Path, Progress], Reconstruction]:
+    """The ``make`` of :func:`run_reconstruction`: a noisy CT, or one that is made noisy, without its noise."""
+
+    def make(source: Path, progress: Progress) -> Reconstruction:
+        reading, working = progress.split({"Reading the CT": 6, "Reducing the noise": 94})
+        ct, chosen = read_slices(source, options.slices, reading)
+        identity = dicom_source(source)
+        noisy = ct if options.simulate is None else _made_noisy(ct, options.simulate, options.seed)
+        result = reduce_noise(noisy, options.request, working)
+        interval = None if result.interval_hu is None else ct.with_array(result.interval_hu)
+        content = Reconstruction(
+            case=case_name(source),
+            task="noise reduction of low-dose CT",
+            how=f"{options.request.tier.value}, strength {options.request.strength:g}",
+            image=result.ct,
+            before=noisy,
+            before_name="CT as it was measured" if options.simulate is None else "CT with simulated noise",
+            nature=Nature.SYNTHETIC_DETAIL,
+            interval=interval,
+            numbers=[number + 1 for number in chosen],
+            warnings=result.warnings,
+            notes=warnings_of(ct),
+            plots=_noise_plots(result),
+            facts=_noise_facts(result, options),
+            provenance=result.provenance | {"source": str(source), "simulated": {"dose": options.simulate}},
+            source=identity,
+        )
+        return content if options.simulate is None else _with_reference(content, ct, _NOISE_ADDED)
+
+    return make
 
 
-def _dicom_files(folder: Path) -> list[Path]:
-    """The first DICOM files of a folder; none of a file."""
-    if not folder.is_dir():
-        return []
-    files = sorted(path for path in folder.iterdir() if path.is_file())[:_LOOKED_AT]
-    return [path for path in files if is_dicom_file(path)]
+def _made_noisy(ct: Volume, dose: float, seed: int) -> Volume:
+    pixel_mm = ct.spacing[0]
+    sigma = standard_curve(pixel_mm).sigma_hu(dose)
+    generator = torch.Generator().manual_seed(seed)
+    planes = [
+        add_image_noise(torch.from_numpy(plane.astype(np.float32)), sigma, pixel_mm, SOFT, generator, pixel_mm)
+        for plane in ct.array
+    ]
+    return ct.with_array(torch.stack(planes).round().clamp(-32768, 32767).to(torch.int16).numpy())
 
 
-def _is_view(file: Path) -> bool:
-    try:
-        return _VIEW_ANGLE in pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[_VIEW_ANGLE])
-    except Exception:  # pydicom raises whatever a broken file makes it raise
-        return False
-
-
-def _with_slices(scan: Projections, chosen: range) -> Projections:
-    indices = list(chosen)
+def _with_reference(content: Reconstruction, reference: Volume, note: str) -> Reconstruction:
+    """The same, compared with what the simulation began with."""
+    images = {
+        content.before_name: (content.before.array, None),
+        "Reconstruction": (content.image.array, None if content.interval is None else content.interval.array),
+    }
     return replace(
-        scan, sinogram=scan.sinogram[indices], heights_mm=tuple(scan.heights_mm[k] for k in indices if scan.heights_mm)
+        content,
+        reference=reference,
+        reference_name="CT as it was",
+        agreement=compared(reference.array, images, reference.spacing[0]),
+        notes=[note, *content.notes],
     )
 
 
-def _with_views(scan: Projections, views: int | None) -> Projections:
-    """The scan with so many of its views, spread evenly over its angles."""
-    total = scan.beam.views
-    if views is None or views == total:
-        return scan
-    if views > total:
-        raise UnsuitableProjections(f"The scan has {total} views; give --views {total} or fewer.")
-    order = np.argsort(np.mod(scan.beam.angles, scan.beam.turn), kind="stable")
-    chosen = sorted(int(order[view * total // views]) for view in range(views))
-    photons = scan.photons
-    if photons is not None and photons.ndim == 2 and photons.shape[0] == total:
-        photons = photons[chosen]
-    return replace(scan, sinogram=scan.sinogram[:, chosen], beam=scan.beam.subset(chosen), photons=photons)
+def _noise_plots(result: LowDoseResult) -> list[Picture]:
+    """Noise-power spectra: a smooth image has lost what its noise has lost."""
+    noise = result.noise
+    if noise is None:
+        return []
+    curves = {"before": noise.before, "after": noise.after, "removed": noise.removed}
+    caption = f"Noise power by frequency, HU^2 mm^2, in {noise.regions} flat regions of {noise.tissue.value}"
+    return [Picture(line_plot(noise.frequency, curves, "1/mm", ""), caption)]
 
 
-def grid_of(scan: Projections, options: SparseViewOptions) -> ImageGrid:
-    """The images' grid: as asked for, else the largest square whose circle the detector covers."""
-    beam = scan.beam
-    field_mm = 2 * beam.field_mm
-    near = beam.source_isocenter_mm / beam.source_detector_mm if isinstance(beam, FanBeam) else 1.0
-    fine = field_mm / (beam.pitch_mm * near) >= _FINE
-    size = options.size or _SIDES[fine]
-    pixel_mm = options.pixel_mm or (options.field_mm or field_mm) / size
-    return ImageGrid(size, size, pixel_mm)
-
-
-def _measured_grid(scan: Projections, grid: ImageGrid) -> tuple[Volume, list[str]]:
-    """Where the slices lie, in LPS mm around the isocenter, and what was assumed of it."""
-    step, first, notes = 1.0, 0.0, [_NO_HEIGHTS]
-    if scan.heights_mm:
-        heights = np.asarray(scan.heights_mm)
-        steps = np.diff(heights)
-        step, first = (float(np.mean(steps)) if steps.size else 1.0), float(heights[0])
-        if steps.size and (step <= 0 or np.abs(steps - step).max() > _EVEN * step):
-            raise UnsuitableProjections(
-                "The slices do not rise evenly; choose those that do with --slices, or correct heights_mm."
-            )
-        notes = []
-    array = np.broadcast_to(np.float32(0), (len(scan.sinogram), grid.rows, grid.columns))
-    place = (float(grid.x_mm[0]), float(-grid.y_mm[0]), first)
-    return Volume(array, (grid.pixel_mm, grid.pixel_mm, step), place, metadata={"Modality": "CT"}), notes
+def _noise_facts(result: LowDoseResult, options: LowDoseOptions) -> dict[str, str]:
+    facts = {"tier": options.request.tier.value, "strength": f"{options.request.strength:g}"}
+    facts["noise told to the net"] = f"{result.sigma_hu:.0f} HU"
+    if result.noise is not None:
+        facts["noise before, after"] = f"{result.noise.sigma_before_hu:.0f}, {result.noise.sigma_after_hu:.0f} HU"
+        facts["its mean frequency"] = f"{result.noise.mean_before:.2f}, {result.noise.mean_after:.2f} per mm"
+    if result.dose is not None:
+        facts["looks like a dose of"] = f"{100 * result.dose.fraction:.2g} %"
+    return facts | {"time": f"{result.provenance['seconds']:.0f} s"}

@@ -35,13 +35,11 @@ _KEPT = (
     "PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex", "PatientIdentityRemoved",
     "DeidentificationMethod", "StudyDate", "StudyTime", "StudyID", "StudyDescription", "AccessionNumber",
     "ReferringPhysicianName", "PositionReferenceIndicator", "PatientPosition", "BodyPartExamined", "KVP",
-    "SliceThickness",
 )  # fmt: skip
 #: Of these an image must have the attribute, empty if need be.
 _MUST_BE_THERE = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
     "AccessionNumber", "ReferringPhysicianName", "PositionReferenceIndicator", "PatientPosition", "KVP",
-    "SliceThickness",
 )  # fmt: skip
 _UIDS = ("StudyInstanceUID", "FrameOfReferenceUID")
 _HEADER = [
@@ -191,9 +189,17 @@ def _common(source: DicomSource, image: Volume) -> Dataset:
     for keyword in _MUST_BE_THERE:
         if keyword not in common:
             setattr(common, keyword, None)
-    if common.SliceThickness is None:
-        common.SliceThickness = f"{image.spacing[2]:.10g}"
+    common.SliceThickness = _thickness(image)
     return common
+
+
+def _thickness(image: Volume) -> str:
+    """As its metadata tell it, else as if the slices touched."""
+    try:
+        told = float(image.metadata.get("SliceThickness", ""))
+    except ValueError:
+        told = image.spacing[2]
+    return f"{told if 0 < told < 1000 else image.spacing[2]:.10g}"
 
 
 def _valid(header: Dataset, keyword: str) -> Any:

@@ -64,11 +64,13 @@ class Reconstruction:
         nature: what the image is.
         interval: half of the width of the 90 % interval, HU.
         reference: what it should be, HU.
+        reference_name: what that is.
         residual: share of the measurements that each slice leaves unexplained, (N,).
         numbers: of the slices in the input, (N,).
         agreement: with the reference, by the name of the image that was compared.
         warnings: sentences to read first.
         notes: sentences to read, too.
+        plots: of the report, beside that of the residual.
         facts: lines for the report's head.
         provenance: how it came about.
         source: DICOM files that it was computed from.
@@ -83,11 +85,13 @@ class Reconstruction:
     nature: Nature
     interval: Volume | None = None
     reference: Volume | None = None
+    reference_name: str = "Full CT"
     residual: np.ndarray | None = None
     numbers: Sequence[int] = ()
     agreement: Mapping[str, Agreement] = field(default_factory=dict)
     warnings: Sequence[str] = ()
     notes: Sequence[str] = ()
+    plots: Sequence[Picture] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     source: DicomSource = field(default_factory=DicomSource)
@@ -209,7 +213,7 @@ class _Painted:
         content, paint = self._content, self._painter
         row = []
         if content.reference is not None:
-            row.append(paint.gray(content.reference, k, window, "Full CT (reference)"))
+            row.append(paint.gray(content.reference, k, window, f"{content.reference_name} (reference)"))
         row.append(paint.gray(content.before, k, window, content.before_name))
         row.append(paint.gray(content.image, k, window, "Reconstruction", marked=True))
         if window is not LUNG:  # maps do not depend on the window
@@ -257,14 +261,15 @@ def _report(content: Reconstruction, painted: _Painted) -> str:
 def _agreement(content: Reconstruction) -> str:
     if not content.agreement:
         return "<p>There is no reference: how near this image is to the truth is not known.</p>"
+    against = content.reference_name[0].lower() + content.reference_name[1:]
     told = any(found.covered is not None for found in content.agreement.values())
     rows = "".join(_agreement_row(name, found, told) for name, found in content.agreement.items())
     heading = "<th>truth within the 90 % interval</th>" if told else ""
     return (
         '<table class="volumes"><thead><tr><th>Image</th><th>PSNR, dB</th><th>SSIM</th><th>RMSE, HU</th>'
         f"{heading}</tr></thead><tbody>{rows}</tbody></table>"
-        f'<p class="fine">Against the full CT, inside the body, over {RANGE_HU:,.0f} HU (clipped to -1000 to 1000), mean of '
-        f"{next(iter(content.agreement.values())).slices} slices.</p>"
+        f'<p class="fine">Against the {escape(against)}, inside the body, over {RANGE_HU:,.0f} HU (-1000 to 1000, '
+        f"clipped), mean of {next(iter(content.agreement.values())).slices} slices.</p>"
     )
 
 
@@ -278,7 +283,7 @@ def _agreement_row(name: str, found: Agreement, told: bool) -> str:
 
 def _residual(content: Reconstruction) -> str:
     if content.residual is None:
-        return ""
+        return "".join(f"<h2>{escape(plot.caption)}</h2>{figure(plot)}" for plot in content.plots)
     plot = residual_plot(content.residual, content.numbers or range(1, len(content.residual) + 1))
     text = f"What the image leaves unexplained: {100 * float(content.residual.mean()):.2g} % of the measurements"
     return (

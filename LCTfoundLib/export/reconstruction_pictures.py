@@ -15,13 +15,23 @@ from LCTfoundLib.anatomy.body import body_mask
 from LCTfoundLib.export.slices import Picture, Plane, annotate, draw_text
 from LCTfoundLib.volume import Volume
 
-__all__ = ["COLOR_HU", "LUNG", "SOFT_TISSUE", "ReconstructionPainter", "Window", "residual_plot", "side_by_side"]
+__all__ = [
+    "LUNG",
+    "SOFT_TISSUE",
+    "ReconstructionPainter",
+    "Window",
+    "line_plot",
+    "residual_plot",
+    "side_by_side",
+]
 
 #: HU shown in full color.
-COLOR_HU = 200.0
+_COLOR_HU = 200.0
 #: Colors of the differences from -1 to 1, black where there is none, and of the expected errors from 0 to 1.
 _DIFFERENCE = np.array([(120, 210, 255), (40, 110, 235), (0, 0, 0), (225, 70, 40), (255, 210, 110)], np.float32)
 _ERROR = np.array([(0, 0, 0), (80, 18, 110), (190, 50, 85), (245, 130, 30), (250, 240, 150)], np.float32)
+#: Of the curves of a plot.
+_CURVES = ((11, 93, 122), (200, 80, 20), (120, 120, 120))
 _MARGIN_MM = 10.0
 _BAR_HEIGHT = 12
 
@@ -80,15 +90,15 @@ class ReconstructionPainter:
 
     def difference(self, volume: Volume, other: Volume, k: int, caption: str) -> Picture:
         """Reconstruction minus the other in two colors."""
-        apart = (self._cut(volume, k) - self._cut(other, k)) / COLOR_HU
+        apart = (self._cut(volume, k) - self._cut(other, k)) / _COLOR_HU
         picture = self._enlarged(_colored(apart / 2 + 0.5, _DIFFERENCE))
-        _color_bar(picture, _DIFFERENCE, f"-{COLOR_HU:.0f}", f"+{COLOR_HU:.0f} HU")
+        _color_bar(picture, _DIFFERENCE, f"-{_COLOR_HU:.0f}", f"+{_COLOR_HU:.0f} HU")
         return Picture(picture, caption)
 
     def expected_error(self, volume: Volume, k: int, caption: str) -> Picture:
         """Half of the width of the interval of each pixel."""
-        picture = self._enlarged(_colored(self._cut(volume, k) / COLOR_HU, _ERROR))
-        _color_bar(picture, _ERROR, "0", f"{COLOR_HU:.0f} HU")
+        picture = self._enlarged(_colored(self._cut(volume, k) / _COLOR_HU, _ERROR))
+        _color_bar(picture, _ERROR, "0", f"{_COLOR_HU:.0f} HU")
         self._write_mark(picture)
         return Picture(picture, caption)
 
@@ -160,37 +170,56 @@ def residual_plot(residual: np.ndarray, slices: Sequence[int]) -> Image.Image:
         residual: shares, (N,).
         slices: their numbers.
     """
+    return line_plot(slices, {"": 100 * residual}, "slice", " %")
+
+
+def line_plot(
+    x: Sequence[float], curves: Mapping[str, Sequence[float] | np.ndarray], below: str, unit: str
+) -> Image.Image:
+    """Curves over a common axis, from zero up.
+
+    Args:
+        x: rising, (N,).
+        curves: values of at least 0, (N,), by name; an empty name is not shown.
+        below: name of the axis.
+        unit: of the values.
+    """
     plot = Image.new("RGB", (1040, 240), (255, 255, 255))
     draw = ImageDraw.Draw(plot)
-    left, right, top, bottom = 70, 1020, 16, 190
-    highest = _round_up(float(residual.max()) * 100)
-    first, last = min(slices), max(slices)
+    left, right, top, bottom = 90, 1020, 16, 190
+    highest = _round_up(max(float(np.max(values)) for values in curves.values()))
+    first, last = min(x), max(x)
 
-    def place(number: float, percent: float) -> tuple[float, float]:
-        x = (left + right) / 2 if first == last else left + (number - first) / (last - first) * (right - left)
-        return x, bottom - percent / highest * (bottom - top)
+    def place(number: float, value: float) -> tuple[float, float]:
+        across = (left + right) / 2 if first == last else left + (number - first) / (last - first) * (right - left)
+        return across, bottom - value / highest * (bottom - top)
 
     for share in (0.0, 0.5, 1.0):
         y = place(first, share * highest)[1]
         draw.line((left, y, right, y), fill=(223, 228, 234))
-        _label(plot, (left - 8, int(y)), f"{share * highest:g} %", "rm")
-    points = [place(n, 100 * float(r)) for n, r in zip(slices, residual, strict=True)]
-    if len(points) > 1:
-        draw.line(points, fill=(11, 93, 122), width=2)
-    if len(points) <= 60:
-        for x, y in points:
-            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=(11, 93, 122))
-    for number in dict.fromkeys((first, (first + last) // 2, last)):
-        _label(plot, (int(place(number, 0)[0]), bottom + 8), f"{number}", "mt")
-    _label(plot, ((left + right) // 2, 238), "slice", "mb")
+        _label(plot, (left - 8, int(y)), f"{share * highest:g}{unit}", "rm")
+    for number in dict.fromkeys((first, (first + last) / 2, last)):
+        _label(plot, (int(place(number, 0)[0]), bottom + 8), f"{number:.3g}", "mt")
+    _label(plot, ((left + right) // 2, 238), below, "mb")
+    for place_of_name, (name, values) in enumerate(curves.items()):
+        color = _CURVES[place_of_name % len(_CURVES)]
+        points = [place(number, float(value)) for number, value in zip(x, values, strict=True)]
+        if len(points) > 1:
+            draw.line(points, fill=color, width=2)
+        if len(points) <= 60:
+            for across, y in points:
+                draw.ellipse((across - 3, y - 3, across + 3, y + 3), fill=color)
+        _label(plot, (right - 10, top + 4 + 18 * place_of_name), name, "rt", color)
     return plot
 
 
-def _round_up(percent: float) -> float:
+def _round_up(value: float) -> float:
     """The next of 1, 2 and 5 and their tens; of nothing a thousandth."""
-    ladder = [step * 10.0**power for power in range(-3, 5) for step in (1, 2, 5)]
-    return next((step for step in ladder if step >= percent), ladder[-1])
+    ladder = [step * 10.0**power for power in range(-3, 9) for step in (1, 2, 5)]
+    return next((step for step in ladder if step >= value), value)
 
 
-def _label(plot: Image.Image, at: tuple[int, int], text: str, anchor: str) -> None:
-    draw_text(plot, at, text, 14, anchor, (60, 72, 88), (255, 255, 255))
+def _label(
+    plot: Image.Image, at: tuple[int, int], text: str, anchor: str, color: tuple[int, int, int] = (60, 72, 88)
+) -> None:
+    draw_text(plot, at, text, 14, anchor, color, (255, 255, 255))
