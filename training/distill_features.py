@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from LCTfoundLib.errors import LCTfoundError
@@ -31,7 +32,7 @@ from LCTfoundLib.networks.foundation import FoundationModel, load_foundation
 from LCTfoundLib.runtime.files import atomic_path
 from training.shard_stream import Augmentation, Mixture, SliceSampler, Source
 
-__all__ = ["Distiller", "main"]
+__all__ = ["Distiller", "load_distilled", "main"]
 
 
 class Distiller:
@@ -102,6 +103,23 @@ class Distiller:
             table[name] = round(min(times[1:]), 4)
         self.student.train()
         return table
+
+
+def load_distilled(path: Path, model: FoundationModel) -> SinglePassExtractor:
+    """A trained extractor of a backbone.
+
+    Raises:
+        LCTfoundError: the file is none, or of another backbone.
+    """
+    extractor = SinglePassExtractor(model.network)
+    try:
+        extractor.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise LCTfoundError(
+            f"{path} is no single-pass extractor of this backbone ({reason}); train it again."
+        ) from error
+    return extractor.requires_grad_(False).eval()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
@@ -18,11 +19,12 @@ from LCTfoundLib.errors import LCTfoundError
 from LCTfoundLib.export.synthetic import ImageFormat, SyntheticImages, write_synthetic
 from LCTfoundLib.networks.backbone import backbone_config, build_backbone
 from LCTfoundLib.networks.conditions import LUNG, MEDIASTINUM, BuiltInEncoder, Condition, Scaling
-from LCTfoundLib.networks.features import DEEP, PUBLISHED_UP_BLOCKS, FeatureExtractor
+from LCTfoundLib.networks.features import DEEP, PUBLISHED_UP_BLOCKS, FeatureExtractor, SinglePassExtractor
 from LCTfoundLib.networks.foundation import FoundationModel, InputRecipe, Slices, save_foundation
 from LCTfoundLib.runtime.device import choose_device
 from LCTfoundLib.volume import Volume
 from LCTfoundLib.weights.registry import Card
+from training.distill_features import load_distilled
 from training.evaluate import foundation
 from training.evaluate.cases import seeds
 from training.evaluate.foundation import LOBES, LUNGS, RANDOM, Method, contrast_probe, pixel_probe, training_groups
@@ -30,6 +32,7 @@ from training.evaluate.foundation_features import (
     BackboneFeatures,
     FeatureSettings,
     GrayFeatures,
+    OnePassFeatures,
     cached,
     lattice,
     random_model,
@@ -440,6 +443,29 @@ def test_a_slices_vector_holds_means_and_deviations_of_each_map(toy_model, rng):
             flat = maps[block][0].flatten(2).numpy()
             expected += [flat.mean(axis=2).ravel(), flat.std(axis=2, ddof=1).ravel()]
     np.testing.assert_allclose(found[0], np.concatenate(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_one_pass_sees_the_clean_slice_with_the_distilled_copy(toy_model, rng, tmp_path):
+    trained = SinglePassExtractor(toy_model.network)
+    for parameter in trained.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    save_file({key: value.contiguous() for key, value in trained.state_dict().items()}, tmp_path / "d.safetensors")
+    network = load_distilled(tmp_path / "d.safetensors", toy_model).network
+    settings, choice = FeatureSettings(side=32), choose_device("cpu", "fp32")
+    hu = random_slices(rng, names(2, 1), 256)
+    found = OnePassFeatures("toy", "toy", toy_model, settings, choice, network=network).of_slices(hu)
+    images = torch.cat([toy_model.recipe(torch.from_numpy(s[:, 112:144, 112:144]).float(), LUNG)[1:2] for s in hu])
+    with torch.no_grad():
+        maps = trained.clean(images, toy_model.encoder.encode([Condition(LUNG)])).maps[1]
+    flat = maps.flatten(3).numpy()
+    deep = 2 * toy_model.network.config["block_out_channels"][-1]
+    width = flat.shape[2]
+    np.testing.assert_allclose(found[:, deep : deep + width], flat.mean(axis=3)[:, 0], rtol=1e-3, atol=1e-4)
+    again = OnePassFeatures("toy", "toy", toy_model, replace(settings, seed=9), choice, network=network)
+    np.testing.assert_array_equal(again.of_slices(hu), found)  # there is no noise in it
+    (tmp_path / "d.safetensors").write_bytes(b"nothing")
+    with pytest.raises(LCTfoundError, match="no single-pass extractor"):
+        load_distilled(tmp_path / "d.safetensors", toy_model)
 
 
 def test_vectors_do_not_depend_on_the_batch(toy_model, rng):

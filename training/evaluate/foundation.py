@@ -29,11 +29,13 @@ from LCTfoundLib.errors import LCTfoundError
 from LCTfoundLib.networks.conditions import WINDOWS
 from LCTfoundLib.networks.foundation import FoundationModel, load_foundation
 from LCTfoundLib.runtime.device import DeviceChoice, choose_device
+from training.distill_features import load_distilled
 from training.evaluate.cases import DEFAULT_DATA, MANIFEST, seeds
 from training.evaluate.foundation_features import (
     BackboneFeatures,
     FeatureSettings,
     GrayFeatures,
+    OnePassFeatures,
     SliceFeatures,
     cached,
     lattice,
@@ -316,12 +318,22 @@ class _Run:
         models = {name: load_foundation(name, options.weights) for name in options.models}
         first = next(iter(models.values()))
         methods = [Method(name, (self._backbone(name, self._checksum(name, m), m),)) for name, m in models.items()]
+        if options.distilled is not None:
+            methods.append(self._one_pass(options.models[0], first, options.distilled))
         config = hashlib.sha256(repr(sorted(first.network.config.items())).encode()).hexdigest()
         fresh = [
             self._backbone(f"random {n}", f"random {n} {config} {first.recipe}", random_model(first, 1000 + n))
             for n in range(options.random_seeds)
         ]
         return [*methods, Method(RANDOM, tuple(fresh)), Method("gray values", (GrayFeatures(self.settings),))]
+
+    def _one_pass(self, name: str, model: FoundationModel, path: Path) -> Method:
+        network = load_distilled(path, model).network
+        identity = (
+            f"one pass {hashlib.sha256(path.read_bytes()).hexdigest()} {self.settings} {self.choice.precision.value}"
+        )
+        title = f"{name}, one pass"
+        return Method(title, (OnePassFeatures(title, identity, model, self.settings, self.choice, network=network),))
 
     def _checksum(self, name: str, model: FoundationModel) -> str:
         assert model.card is not None
@@ -445,6 +457,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Is the pretraining of the foundation model worth having?")
     parser.add_argument("--weights", type=Path, help="folder of the weights; default: the shipped ones")
     parser.add_argument("--models", default="backbone_student", help="names of weights, the one in question first")
+    parser.add_argument("--distilled", type=Path, help="single-pass extractor of the first model, to compare with")
     parser.add_argument("--samples", type=Path, nargs="*", default=[], help="folders of generated slices (.npz)")
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder of the real data")
     parser.add_argument("--out", type=Path, default=Path("output/foundation"))

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from LCTfoundLib.networks.features import (
     PUBLISHED_UP_BLOCKS,
     FeatureExtractor,
     Features,
+    block_maps,
     noise_of,
 )
 from LCTfoundLib.networks.foundation import FoundationModel
@@ -32,10 +33,14 @@ from LCTfoundLib.runtime.device import DeviceChoice
 from LCTfoundLib.runtime.files import atomic_path
 from training.evaluate.foundation_slices import SIDE
 
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
 __all__ = [
     "BackboneFeatures",
     "FeatureSettings",
     "GrayFeatures",
+    "OnePassFeatures",
     "SliceFeatures",
     "cached",
     "lattice",
@@ -132,18 +137,44 @@ class BackboneFeatures:
         self, hu: np.ndarray, window: Window, timesteps: Sequence[int], blocks: Sequence[int] = _SLICE_BLOCKS
     ) -> Iterator[Features]:
         size = self.settings.batch
-        extractor = FeatureExtractor(
-            self.model.to(self.choice.device).network, blocks, batch=size, dtype=self.choice.dtype
-        )
         if window not in self._told:
             self._told[window] = self.model.encoder.encode([Condition(window)])
         for start in range(0, len(hu), size):
             # Each slice stands with its own neighbors: the middle one of three is asked for.
             stacks = torch.from_numpy(hu[start : start + size]).float()
             images = torch.cat([self.model.recipe(stack, window)[1:2] for stack in stacks])
-            numbers = range(start, start + len(images))
-            noise = torch.stack([noise_of(self.settings.seed, number, images.shape[1:]) for number in numbers])
-            yield extractor(images, self._told[window], timesteps, noise=noise)
+            yield self._extracted(images, self._told[window], timesteps, blocks, start)
+
+    def _extracted(
+        self, images: Tensor, told: Tensor, timesteps: Sequence[int], blocks: Sequence[int], first: int
+    ) -> Features:
+        """Of some images, the ``first`` of which tells their noise by its number."""
+        network = self.model.to(self.choice.device).network
+        extractor = FeatureExtractor(network, blocks, batch=self.settings.batch, dtype=self.choice.dtype)
+        noise = [noise_of(self.settings.seed, first + n, images.shape[1:]) for n in range(len(images))]
+        return extractor(images, told, timesteps, noise=torch.stack(noise))
+
+
+@dataclass
+class OnePassFeatures(BackboneFeatures):
+    """The same blocks of a distilled copy of the backbone, in one pass over the clean slice.
+
+    Attributes:
+        network: the copy.
+    """
+
+    network: UNet2DConditionModel = field(kw_only=True)
+
+    def _extracted(
+        self, images: Tensor, told: Tensor, timesteps: Sequence[int], blocks: Sequence[int], first: int
+    ) -> Features:
+        device = self.choice.device
+        network, images, told = self.network.to(device), images.to(device), told.to(device)
+        steps = torch.zeros(len(images), dtype=torch.long, device=device)
+        half = self.choice.dtype != torch.float32
+        with torch.autocast(device.type, self.choice.dtype if half else torch.bfloat16, enabled=half):
+            maps = block_maps(network, images, steps, told.expand(len(images), -1, -1), blocks)
+        return Features((0,), {block: maps[block][:, None] for block in blocks})
 
 
 def _moments(features: Features) -> np.ndarray:
