@@ -66,7 +66,7 @@ _MULTIPLE = 16
 #: Less noise than this, HU, is that of a scan at full dose.
 _QUIET_HU = 8.0
 #: Noise whose mean frequency falls below this share of what it was looks like blotches, which pass for lesions.
-_BLOTCHY = 0.7
+_BLOTCHY = 0.8
 #: Regions that spectra need at least, and the share of the flattest that they are taken from.
 _FEWEST_REGIONS, _FLATTEST = 8, 0.25
 #: HU of the tissues that spectra are taken in, by a region's mean: fat to contrast; lung where there is none.
