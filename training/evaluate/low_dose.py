@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import logging
 import re
 import time
 import zlib
@@ -462,7 +463,7 @@ def _plot(sheet: Image.Image, corner: tuple[int, int], rows: Mapping[str, SliceR
         draw.line(list(zip(x, top + side * height, strict=True))[1:], fill=_COLORS[name], width=2)
         draw_text(sheet, (left + side - 6, top + 6 + 17 * number), name, 13, "rt", _COLORS[name], (255, 255, 255))
     black, white = (0, 0, 0), (255, 255, 255)
-    draw_text(sheet, (left, top - 6), f"noise power, top {10**peak:.2g} HU² mm², 4 decades", 12, "lb", black, white)
+    draw_text(sheet, (left, top - 6), f"noise power, 4 decades to {10**peak:.1g} HU^2 mm^2", 11, "lb", black, white)
     last = next(iter(rows.values())).frequency[-1]
     draw_text(sheet, (left + side, top + side + 6), f"0 to {last:.2f} per mm", 12, "rt", black, white)
 
@@ -510,6 +511,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
+    # What the task warns its users of, at every slice.
+    logging.getLogger("LCTfoundLib").setLevel(logging.ERROR)
     try:
         found, missing = read_slices(options.slices, options.size, options.data)
         if options.first:
