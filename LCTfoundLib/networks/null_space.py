@@ -28,12 +28,15 @@ class NullSpaceSettings:
 
     Attributes:
         steps: evaluations of the backbone.
-        first: timestep to begin at.
+        first: timestep to begin at. The less a backbone has learned, the lower: what it makes of much noise is then
+            worse than the interpolation.
         fresh: share of a step's noise that is drawn anew: 0 follows one path (DDIM), 1 forgets it; the paper's is 0.85.
+            An exact Gaussian prior's draws have, with 20 steps from 400, 0.92 of the right deviation with 0 and 0.81
+            with 0.85; but drawing anew corrects what an inexact one predicts.
     """
 
     steps: int = 20
-    first: int = 400
+    first: int = 100
     fresh: float = 0.85
 
     def __post_init__(self) -> None:
