@@ -188,8 +188,8 @@ def standard_curve(pixel_mm: float, kernel: Kernel = SOFT) -> NoiseCurve:
 
     It is that of the middle of a cylinder of 230 mm of water, about what an adult's chest attenuates, in closed form
     (``expected_noise_hu``): 1e5 photons a ray, electronic noise of 10, 360 views, channels and slices as they are
-    measured. A dose told by it compares images; it is not what a scanner gave, and how wide the patient is counts more than
-    its interval allows for: six patients' slices at 5 % were told 4 to 12 %, and at 25 %, 8 to 28 %.
+    measured. A dose told by it compares images; it is not what a scanner gave, and how wide the patient is counts more
+    than its interval allows for: six real slices scanned at 5 % were told 4 to 12 %, at 25 % 8 to 28 %.
 
     Args:
         pixel_mm: edge of a pixel, and width of a channel at the isocenter.
