@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
@@ -127,6 +128,8 @@ def main(argv: Sequence[str] | None = None, engine: Engine | None = None) -> int
         engine: other steps of a case, for tests.
     """
     arguments = _parser().parse_args(argv)
+    # Warnings come through the console; what is logged must not come a second time by the last resort of ``logging``.
+    logging.getLogger(LCTfoundLib.__name__).addHandler(logging.NullHandler())
     console = Console(arguments.jsonl)
     try:
         with _stoppable(console.cancel):
@@ -246,6 +249,7 @@ def _add_reconstruct(commands: Any) -> None:
     tasks = tasks.add_subparsers(title="tasks", required=True, metavar="TASK")
     _add_sparse_view(tasks)
     _add_low_dose(tasks)
+    _add_super_resolution(tasks)
 
 
 def _reconstruction(tasks: Any, name: str, run: Callable[..., int], text: str, source: str) -> argparse.ArgumentParser:
@@ -284,6 +288,19 @@ def _add_low_dose(tasks: Any) -> None:
     parser.add_argument("--noise-hu", type=float, help="standard deviation in soft tissue (default: told by the CT)")
     parser.add_argument("--dose", type=float, help="share of the full dose, if that is known instead")
     parser.add_argument("--simulate", type=float, metavar="DOSE", help="add a dose's noise first, and compare")
+
+
+def _add_super_resolution(tasks: Any) -> None:
+    text = "Make pixels finer, or slices thinner, so that they agree exactly with the CT."
+    parser = _reconstruction(
+        tasks, "super-resolution", _super_resolution, text, "DICOM folder, NIfTI, NRRD or MHA file"
+    )
+    parser.add_argument("--factor", type=int, default=4, help="2 to 8 times finer (default: %(default)s)")
+    parser.add_argument("--direction", choices=["in-plane", "slices"], default="in-plane", help="default: %(default)s")
+    parser.add_argument("--method", choices=["cubic", "null-space"], default="null-space", help="default: %(default)s")
+    parser.add_argument("--thickness-mm", type=float, help="of the CT's slices (default: as its header says)")
+    parser.add_argument("--samples", type=int, default=4, help="draws of the null-space method (default: %(default)s)")
+    parser.add_argument("--simulate", action="store_true", help="make the CT coarse first, and compare")
 
 
 def _add_doctor(commands: Any) -> None:
@@ -448,6 +465,24 @@ def _low_dose(arguments: argparse.Namespace, console: Console, engine: Engine | 
     )
     options = LowDoseOptions(request, arguments.simulate, arguments.seed, SliceChoice.parse(arguments.slices))
     return _reconstruct(arguments, console, low_dose_case(options))
+
+
+def _super_resolution(arguments: argparse.Namespace, console: Console, engine: Engine | None) -> int:
+    from LCTfoundLib.reconstruction_case import SliceChoice, SuperResolutionOptions, super_resolution_case
+    from LCTfoundLib.tasks.super_resolution import Direction, Method, SuperResolutionRequest
+
+    request = SuperResolutionRequest(
+        direction=Direction(arguments.direction),
+        factor=arguments.factor,
+        method=Method(arguments.method),
+        thickness_mm=arguments.thickness_mm,
+        samples=arguments.samples,
+        seed=arguments.seed,
+        device=arguments.device,
+        weights_folder=arguments.weights_folder,
+    )
+    options = SuperResolutionOptions(request, arguments.simulate, SliceChoice.parse(arguments.slices))
+    return _reconstruct(arguments, console, super_resolution_case(options))
 
 
 def _reconstruct(arguments: argparse.Namespace, console: Console, make: Callable[..., Any]) -> int:

@@ -48,6 +48,14 @@ from LCTfoundLib.tasks.sparse_view import (
     reconstruct_sparse_view,
     scan_of_volume,
 )
+from LCTfoundLib.tasks.super_resolution import (
+    Direction,
+    Method,
+    SuperResolutionRequest,
+    SuperResolutionResult,
+    coarse_volume,
+    super_resolve,
+)
 from LCTfoundLib.volume import Volume
 from LCTfoundLib.volume_checks import warnings_of
 from LCTfoundLib.volume_dicom import is_dicom_file
@@ -57,9 +65,11 @@ __all__ = [
     "LowDoseOptions",
     "SliceChoice",
     "SparseViewOptions",
+    "SuperResolutionOptions",
     "low_dose_case",
     "run_reconstruction",
     "sparse_view_case",
+    "super_resolution_case",
     "told_agreement",
 ]
 
@@ -72,6 +82,10 @@ _NOISE_ADDED = (
     "The noise was simulated: added to the CT, alike everywhere. A real low-dose scan has streaks, and the CT's own "
     "noise is taken for truth here."
 )
+_MADE_COARSE = (
+    "The coarse CT was simulated: means over the voxels of the CT. A scanner's coarse voxels have another blur."
+)
+_ALONG = {Direction.IN_PLANE: "in-plane", Direction.SLICES: "along the slices"}
 _SIMULATED = (
     "The scan was simulated from the CT, through the very pixels that are reconstructed and at one energy: a real scan "
     "is harder."
@@ -496,3 +510,83 @@ def _noise_facts(result: LowDoseResult, options: LowDoseOptions) -> dict[str, st
     if result.dose is not None:
         facts["looks like a dose of"] = f"{100 * result.dose.fraction:.2g} %"
     return facts | {"time": f"{result.provenance['seconds']:.0f} s"}
+
+
+# -- super-resolution ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SuperResolutionOptions:
+    """What the user chose.
+
+    Attributes:
+        request: how to make the CT finer.
+        simulate: make it coarse first, and compare with the CT as it was.
+        slices: which to make finer.
+    """
+
+    request: SuperResolutionRequest = SuperResolutionRequest()
+    simulate: bool = False
+    slices: SliceChoice = SliceChoice()
+
+
+def super_resolution_case(options: SuperResolutionOptions) -> Callable[[Path, Progress], Reconstruction]:
+    """The ``make`` of :func:`run_reconstruction`: a CT, or one that is made coarse, with finer voxels."""
+
+    def make(source: Path, progress: Progress) -> Reconstruction:
+        request = options.request
+        _check_neighbors(options)
+        reading, working = progress.split({"Reading the CT": 6, "Making it finer": 94})
+        ct, chosen = read_slices(source, options.slices, reading)
+        identity = dicom_source(source)
+        factor, direction = request.factor, request.direction
+        coarse = coarse_volume(ct, direction, factor, request.thickness_mm) if options.simulate else ct
+        result = super_resolve(coarse, request, working)
+        content = Reconstruction(
+            case=case_name(source),
+            task="super-resolution",
+            how=f"{request.method.value}, {factor} times finer {_ALONG[direction]}",
+            image=result.ct,
+            before=result.ct.with_array(_repeated(coarse.array, direction, factor)),
+            before_name="Coarse CT" if options.simulate else "CT as it was measured",
+            nature=_nature(options),
+            interval=result.interval_hu,
+            numbers=[number + 1 for number in chosen] if direction is Direction.IN_PLANE else (),
+            warnings=result.warnings,
+            notes=warnings_of(ct),
+            facts=_finer_facts(coarse, result, options),
+            provenance=result.provenance | {"source": str(source), "simulated": options.simulate},
+            source=identity,
+        )
+        return _with_reference(content, ct, _MADE_COARSE) if options.simulate else content
+
+    return make
+
+
+def _check_neighbors(options: SuperResolutionOptions) -> None:
+    if options.request.direction is Direction.SLICES and options.slices.step != 1:
+        raise LCTfoundError("Slices that are left out cannot be made up; give --slices FROM:TO without a step.")
+
+
+def _nature(options: SuperResolutionOptions) -> Nature:
+    if options.request.method is Method.NULL_SPACE:
+        return Nature.SYNTHETIC_DETAIL
+    return Nature.SIMULATED if options.simulate else Nature.DERIVED
+
+
+def _repeated(array: np.ndarray, direction: Direction, factor: int) -> np.ndarray:
+    """Each coarse voxel as it was measured, all over its finer ones."""
+    if direction is Direction.SLICES:
+        return np.repeat(array, factor, axis=0)
+    return np.repeat(np.repeat(array, factor, axis=1), factor, axis=2)
+
+
+def _finer_facts(coarse: Volume, result: SuperResolutionResult, options: SuperResolutionOptions) -> dict[str, str]:
+    voxels = [" x ".join(f"{step:.3g}" for step in volume.spacing) for volume in (coarse, result.ct)]
+    return {
+        "method": options.request.method.value,
+        "voxels": f"{voxels[0]} to {voxels[1]} mm",
+        "largest difference to what was measured": f"{result.residual_hu:.2g} HU",
+        "network evaluations a slice": str(result.evaluations),
+        "time": f"{result.provenance['seconds']:.0f} s",
+    }

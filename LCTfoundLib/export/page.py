@@ -48,7 +48,8 @@ def figure(picture: Picture, style: str = "") -> str:
 
 def _data_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "JPEG", quality=86, subsampling=0, optimize=True)
+    # Not "optimize": Pillow then has one byte a pixel for the result, which colored noise exceeds.
+    image.convert("RGB").save(buffer, "JPEG", quality=86, subsampling=0)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 

@@ -219,8 +219,8 @@ class _Painted:
         if window is not LUNG:  # maps do not depend on the window
             return row
         other = content.before if content.reference is None else content.reference
-        than = content.before_name.lower() if content.reference is None else "reference"
-        row.append(paint.difference(content.image, other, k, f"Reconstruction minus {than}"))
+        what = "What the method changed" if content.reference is None else "Reconstruction minus reference"
+        row.append(paint.difference(content.image, other, k, what))
         if content.interval is not None:
             row.append(paint.expected_error(content.interval, k, "Expected error (90 %: \N{PLUS-MINUS SIGN})"))
         return row
@@ -261,15 +261,14 @@ def _report(content: Reconstruction, painted: _Painted) -> str:
 def _agreement(content: Reconstruction) -> str:
     if not content.agreement:
         return "<p>There is no reference: how near this image is to the truth is not known.</p>"
-    against = content.reference_name[0].lower() + content.reference_name[1:]
     told = any(found.covered is not None for found in content.agreement.values())
     rows = "".join(_agreement_row(name, found, told) for name, found in content.agreement.items())
     heading = "<th>truth within the 90 % interval</th>" if told else ""
     return (
         '<table class="volumes"><thead><tr><th>Image</th><th>PSNR, dB</th><th>SSIM</th><th>RMSE, HU</th>'
         f"{heading}</tr></thead><tbody>{rows}</tbody></table>"
-        f'<p class="fine">Against the {escape(against)}, inside the body, over {RANGE_HU:,.0f} HU (-1000 to 1000, '
-        f"clipped), mean of {next(iter(content.agreement.values())).slices} slices.</p>"
+        f'<p class="fine">Reference: {escape(content.reference_name)}. Inside the body, over {RANGE_HU:,.0f} HU (-1000 '
+        f"to 1000, clipped), mean of {next(iter(content.agreement.values())).slices} slices.</p>"
     )
 
 
@@ -283,7 +282,7 @@ def _agreement_row(name: str, found: Agreement, told: bool) -> str:
 
 def _residual(content: Reconstruction) -> str:
     if content.residual is None:
-        return "".join(f"<h2>{escape(plot.caption)}</h2>{figure(plot)}" for plot in content.plots)
+        return "".join(f"<h2>What was done to the image</h2>{figure(plot)}" for plot in content.plots)
     plot = residual_plot(content.residual, content.numbers or range(1, len(content.residual) + 1))
     text = f"What the image leaves unexplained: {100 * float(content.residual.mean()):.2g} % of the measurements"
     return (

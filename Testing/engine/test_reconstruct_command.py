@@ -22,11 +22,14 @@ from LCTfoundLib.errors import Cancelled, LCTfoundError, OutputError
 from LCTfoundLib.export.derived_series import DicomSource, Marks, write_derived_series
 from LCTfoundLib.export.marking import Nature
 from LCTfoundLib.export.output_folder import MANIFEST, file_entries
+from LCTfoundLib.export.page import figure
 from LCTfoundLib.export.reconstruction import Reconstruction, write_reconstruction
 from LCTfoundLib.export.reconstruction_pictures import LUNG, ReconstructionPainter, residual_plot
+from LCTfoundLib.export.slices import Picture
 from LCTfoundLib.networks.backbone import backbone_config, build_backbone
 from LCTfoundLib.networks.conditions import BuiltInEncoder, Scaling
 from LCTfoundLib.networks.foundation import STUDENT_WEIGHT, InputRecipe, Slices, save_foundation
+from LCTfoundLib.networks.low_dose import LOW_DOSE_WEIGHT, LowDoseNet
 from LCTfoundLib.networks.restoration import RestorationConfig
 from LCTfoundLib.networks.unrolled import UNROLLED_WEIGHT, UnrolledConfig, UnrolledNet
 from LCTfoundLib.physics.geometry import FanBeam, ImageGrid, ParallelBeam
@@ -36,6 +39,7 @@ from LCTfoundLib.physics.projector import Projector
 from LCTfoundLib.reconstruction_case import SliceChoice, _scanned_grid
 from LCTfoundLib.runtime.progress import CancelToken, Progress
 from LCTfoundLib.scan_input import grid_of_scan, with_views
+from LCTfoundLib.tasks.low_dose import standard_curve
 from LCTfoundLib.tasks.sparse_view import scan_of_volume
 from LCTfoundLib.volume import Volume
 from LCTfoundLib.volume_dicom import read_dicom
@@ -52,8 +56,8 @@ SMALL = UnrolledConfig(2, 2, RestorationConfig(3, 2, 3, (8,), (1,)))
 QUICK = ("--tier", "preview", "--slices", "29:31", "--size", "44", "--device", "cpu")
 
 
-def run(*arguments: object) -> int:
-    return cli.main(["reconstruct", "sparse-view", *map(str, arguments)])
+def run(*arguments: object, task: str = "sparse-view") -> int:
+    return cli.main(["reconstruct", task, *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +78,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         limits="",
     )  # fmt: skip
     save_weight(UnrolledNet(SMALL).state_dict(), card, folder)
+    quiet = RestorationConfig(3, 2, 2, (8,), (1,))
+    low_dose = replace(card, name=LOW_DOSE_WEIGHT, architecture="LowDoseNet", architecture_parameters=quiet.to_dict())
+    save_weight(LowDoseNet(quiet).state_dict(), low_dose, folder)
     config = backbone_config(
         "student", block_out_channels=(8, 16), norm_num_groups=8, cross_attention_dim=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -300,7 +307,7 @@ class TestFromProjections:
         assert told["notice"].startswith("DERIVED IMAGE") and not told["synthetic"] and not told["agreement"]
         assert any("how the patient lay" in text for text in told["notes"])
         page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-        assert "There is no reference" in page and "minus filtered back-projection" in page
+        assert "There is no reference" in page and "What the method changed" in page
 
     def test_a_part_of_the_slices_and_of_the_views(self, disks, tmp_path):
         scan = write_scan(tmp_path, disks, ParallelBeam.around(ImageGrid(64, 64, 4.0), 60), 4.0)
@@ -346,6 +353,80 @@ class TestFromProjections:
         dense = np.argwhere(hu.array > -300).mean(axis=0)
         x, y, _ = hu.world_from_index(dense)
         assert (x, y) == pytest.approx((30.0, 20.0), abs=3.0)  # the scanner's y points up, the patient's back down
+
+
+class TestLowDose:
+    def test_simulated_noise_is_compared_with_the_ct(self, ct_file, weights, tmp_path, simple_chest):
+        arguments = ("--simulate", 0.1, "--slices", "25:35:2", "--device", "cpu", "--weights-folder", weights)
+        assert run(ct_file, tmp_path / "out", *arguments, task="low-dose") == 0
+        told = manifest_of(tmp_path / "out")
+        image, interval = (read_volume(tmp_path / "out" / name) for name in ("reconstruction.nrrd", "uncertainty.nrrd"))
+        reference = simple_chest.crop((24, 0, 0), (35, 64, 88))
+        np.testing.assert_allclose(image.origin, reference.origin)
+        # A net that was not trained changes nothing: what is left is the noise of the dose.
+        wanted = standard_curve(4.0).sigma_hu(0.1)
+        assert (image.array - reference.array[::2]).std() == pytest.approx(wanted, rel=0.1)
+        before, after = told["agreement"]["CT with simulated noise"], told["agreement"]["Reconstruction"]
+        assert after["psnr"] == pytest.approx(before["psnr"], abs=0.1) and after["covered"] is not None
+        assert (interval.array > 0).all() and "SYNTHETIC DETAIL" in told["notice"]
+        assert any("streaks" in text for text in told["notes"])
+        page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+        assert "noise told to the net" in page and "Reference: CT as it was." in page
+
+    def test_a_ct_without_a_reference(self, ct_file, weights, tmp_path):
+        arguments = ("--noise-hu", 15, "--strength", 0.5, "--slices", "30:32", "--device", "cpu")
+        assert run(ct_file, tmp_path / "out", *arguments, "--weights-folder", weights, task="low-dose") == 0
+        told = manifest_of(tmp_path / "out")
+        assert told["how"] == "fast, strength 0.5" and not told["agreement"] and told["slices"] == [30, 31, 32]
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (("--simulate", 0), "dose of 0 cannot be simulated"),
+            (("--strength", 2), "strength of 2"),
+            (("--noise-hu", 5, "--dose", 0.5), "give one of them"),
+        ],
+    )
+    def test_refused(self, ct_file, tmp_path, capsys, arguments, words):
+        assert run(ct_file, tmp_path / "out", *arguments, task="low-dose") == 2
+        assert words in capsys.readouterr().err and os.listdir(tmp_path) == []
+
+
+class TestSuperResolution:
+    @pytest.mark.parametrize("direction", ["in-plane", "slices"])
+    def test_a_ct_that_was_made_coarse_comes_back_nearer(self, ct_file, tmp_path, simple_chest, direction):
+        arguments = ("--simulate", "--method", "cubic", "--factor", 4, "--direction", direction, "--device", "cpu")
+        assert run(ct_file, tmp_path / "out", *arguments, "--slices", "29:36", task="super-resolution") == 0
+        told = manifest_of(tmp_path / "out")
+        image = read_volume(tmp_path / "out" / "reconstruction.nrrd")
+        assert image.same_grid(simple_chest.crop((28, 0, 0), (36, 64, 88)))
+        coarse, fine = told["agreement"]["Coarse CT"], told["agreement"]["Reconstruction"]
+        assert fine["psnr"] > coarse["psnr"] + (0.5 if direction == "in-plane" else -0.5)
+        assert "SIMULATED SCAN" in told["notice"] and told["how"].startswith("cubic, 4 times finer")
+        found = read_dicom(tmp_path / "out" / "dicom")
+        assert found.same_grid(image)
+
+    def test_finer_slices_of_a_ct(self, simple_chest, tmp_path, weights):
+        source = write_series(simple_chest, tmp_path / "in")
+        arguments = ("--factor", 2, "--direction", "slices", "--samples", 2, "--device", "cpu", "--slices", "30:31")
+        assert run(source, tmp_path / "out", *arguments, "--weights-folder", weights, task="super-resolution") == 0
+        told = manifest_of(tmp_path / "out")
+        assert "SYNTHETIC DETAIL" in told["notice"] and STUDENT_WEIGHT in told["provenance"]["weights"]
+        image = pydicom.dcmread(tmp_path / "out" / "dicom" / "slice_0004.dcm")
+        assert image.SliceThickness == 2 and str(image.PatientName) == PATIENT
+        coarse = read_ct(source).array[29:31].astype(np.float32)
+        fine = read_volume(tmp_path / "out" / "reconstruction.nrrd").array.astype(np.float32)
+        np.testing.assert_allclose(fine.reshape(2, 2, 64, 88).mean(axis=1), coarse, atol=1.0)
+
+    def test_refused(self, ct_file, tmp_path, capsys):
+        for arguments, words in (
+            (("--factor", 20), "factor of 20"),
+            (("--direction", "slices", "--slices", "::2"), "cannot be made up"),
+            (("--simulate", "--factor", 4, "--direction", "slices", "--slices", "30:35"), "no whole number of groups"),
+        ):
+            assert run(ct_file, tmp_path / "out", "--method", "cubic", *arguments, task="super-resolution") == 2
+            assert words in capsys.readouterr().err
+        assert os.listdir(tmp_path) == []
 
 
 class TestRefused:
@@ -493,6 +574,10 @@ class TestFolder:
 
 
 class TestPictures:
+    def test_colored_noise_fits_into_a_report(self, rng):
+        noise = Image.fromarray(rng.integers(0, 256, (700, 700, 3), np.uint8))
+        assert figure(Picture(noise, "")).count("data:image/jpeg") == 1
+
     def test_colors_tell_the_sign_and_the_size(self, rng):
         content = a_reconstruction(rng)
         painter = ReconstructionPainter(content.image, "MARK")
