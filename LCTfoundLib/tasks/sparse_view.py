@@ -322,9 +322,10 @@ def _factor(card: Card) -> float:
 def _warnings(projector: Projector, request: SparseViewRequest) -> list[str]:
     found = []
     views = projector.beam.views
-    if views <= FEW_VIEWS and request.tier is not Tier.PREVIEW:
+    if views <= FEW_VIEWS:
+        lost = "missing" if request.tier is Tier.PREVIEW else "missing or made up"
         found.append(
-            f"{views} views leave most of the image open: small vessels and nodules may be missing or made up. "
+            f"{views} views leave most of the image open: small vessels and nodules may be {lost}. "
             "Research use only, not for diagnosis."
         )
     if not projector.beam.covers(projector.grid):
