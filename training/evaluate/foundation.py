@@ -320,7 +320,9 @@ class _Run:
         methods = [Method(name, (self._backbone(name, self._checksum(name, m), m),)) for name, m in models.items()]
         if options.distilled is not None:
             methods.append(self._one_pass(options.models[0], first, options.distilled))
-        config = hashlib.sha256(repr(sorted(first.network.config.items())).encode()).hexdigest()
+        # What diffusers notes for itself ("_...") comes in another order in each process.
+        shape = sorted(item for item in first.network.config.items() if not item[0].startswith("_"))
+        config = hashlib.sha256(repr(shape).encode()).hexdigest()
         fresh = [
             self._backbone(f"random {n}", f"random {n} {config} {first.recipe}", random_model(first, 1000 + n))
             for n in range(options.random_seeds)
