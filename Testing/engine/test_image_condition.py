@@ -160,7 +160,8 @@ class TestSampling:
         batch = {"condition": slices, "wanted": torch.full_like(slices, 0.7), "embedding": embedding}
         for prediction in Prediction:
             adapter = ImageCondition(BackboneShape.of(network), 8, prediction=prediction)
-            found = float(generation_loss(adapter, silent, batch, torch.Generator().manual_seed(3)))
+            with torch.no_grad():
+                found = float(generation_loss(adapter, silent, batch, torch.Generator().manual_seed(3)))
             generator = torch.Generator().manual_seed(3)
             noise = torch.randn(slices.shape, generator=generator)
             steps = torch.randint(0, 1000, (2,), generator=generator)
