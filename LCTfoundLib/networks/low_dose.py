@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from LCTfoundLib.errors import WeightError
-from LCTfoundLib.networks.restoration import RestorationConfig, RestorationNet
+from LCTfoundLib.networks.restoration import RestorationConfig, RestorationNet, load_restorer
 from LCTfoundLib.physics.noise import Kernel, noise_transfer
-from LCTfoundLib.weights.registry import Card, load_weight
+from LCTfoundLib.weights.registry import Card
 
 __all__ = [
     "LOW_DOSE_SHAPE",
@@ -121,11 +120,4 @@ def load_low_dose(name: str = LOW_DOSE_WEIGHT, folder: Path | None = None) -> tu
     Raises:
         WeightError: missing or damaged weight, or of another network.
     """
-    card, state = load_weight(name, folder)
-    try:
-        network = LowDoseNet(RestorationConfig.from_dict(card.architecture_parameters))
-        network.load_state_dict(state)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise WeightError(f"The weight '{name}' is not what its card describes ({reason}); get it again.") from error
-    return network.requires_grad_(False).eval(), card
+    return load_restorer(name, folder, lambda shape: LowDoseNet(RestorationConfig.from_dict(shape)))

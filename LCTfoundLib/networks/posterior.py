@@ -14,16 +14,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from LCTfoundLib.networks.features import NoiseSchedule, noise_of
-from LCTfoundLib.networks.sampling import timesteps
+from LCTfoundLib.networks.null_space import NullSpaceSettings, sample_null_space
 from LCTfoundLib.networks.unrolled import UnrolledInput, operator_norm
 from LCTfoundLib.physics.projector import Projector
 from LCTfoundLib.physics.solvers import conjugate_gradient
 
 __all__ = ["PosteriorSettings", "sample_posterior"]
-
-#: Draws of noise that one sample may make; the draws of the next one follow.
-_DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -46,10 +42,14 @@ class PosteriorSettings:
     fresh: float = 0.85
 
     def __post_init__(self) -> None:
-        if not 1 <= self.steps <= self.first + 1 <= NoiseSchedule.steps:
-            raise ValueError(f"{self.steps} steps from timestep {self.first}")
-        if not (self.trust > 0 and self.consistency >= 0 and 0 <= self.fresh <= 1):
-            raise ValueError(f"trust {self.trust}, {self.consistency} steps, {self.fresh} of the noise fresh")
+        _ = self.way  # which checks its own
+        if not (self.trust > 0 and self.consistency >= 0):
+            raise ValueError(f"trust {self.trust}, {self.consistency} steps")
+
+    @property
+    def way(self) -> NullSpaceSettings:
+        """From noise to an image."""
+        return NullSpaceSettings(self.steps, self.first, self.fresh)
 
 
 def sample_posterior(
@@ -79,25 +79,12 @@ def sample_posterior(
         In units of water, (N, H, W).
     """
     settings = settings or PosteriorSettings()
-    schedule, times = NoiseSchedule(), timesteps(settings.steps, settings.first)
     strength = settings.trust * operator_norm(projector) ** 2 * (1.0 + scan.relative_noise)[:, None, None]
 
-    def noise(draw: int) -> Tensor:
-        return noise_of(seed, number * _DRAWS + draw, start.shape).to(start)
+    def consistent(clean: Tensor) -> Tensor:
+        return _consistent(scan, projector, clean + 1.0, strength, settings.consistency) - 1.0
 
-    clean = start - 1.0
-    state = float(schedule.signal[times[0]]) * clean + float(schedule.noise[times[0]]) * noise(0)
-    for done, step in enumerate(times):
-        told(done)
-        signal, share = float(schedule.signal[step]), float(schedule.noise[step])
-        clean = ((state - share * predict(state, step)) / signal).clamp(-1.0, 1.0)
-        clean = _consistent(scan, projector, clean + 1.0, strength, settings.consistency) - 1.0
-        if done + 1 == len(times):
-            break
-        left = (state - signal * clean) / share
-        mixed = (1.0 - settings.fresh**2) ** 0.5 * left + settings.fresh * noise(done + 1)
-        state = float(schedule.signal[times[done + 1]]) * clean + float(schedule.noise[times[done + 1]]) * mixed
-    return clean + 1.0
+    return sample_null_space(predict, consistent, start - 1.0, settings.way, seed, number, told) + 1.0
 
 
 def _consistent(scan: UnrolledInput, projector: Projector, image: Tensor, strength: Tensor, steps: int) -> Tensor:

@@ -8,15 +8,21 @@ at zero, so that before any training nothing is changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["RestorationConfig", "RestorationNet", "as_numbers"]
+from LCTfoundLib.errors import WeightError
+from LCTfoundLib.weights.registry import Card, load_weight
+
+__all__ = ["RestorationConfig", "RestorationNet", "as_numbers", "load_restorer"]
+
+_Network = TypeVar("_Network", bound=nn.Module)
 
 #: Side of the squares of pixels that become channels.
 _FOLD = 2
@@ -135,6 +141,29 @@ class RestorationNet(nn.Module):
     @property
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+def load_restorer(
+    name: str, folder: Path | None, build: Callable[[Mapping[str, Any]], _Network]
+) -> tuple[_Network, Card]:
+    """A trained network, in evaluation mode, and its card.
+
+    Args:
+        name: of the weight.
+        folder: looked into before the other places.
+        build: the network from its card's parameters.
+
+    Raises:
+        WeightError: missing or damaged weight, or of another network.
+    """
+    card, state = load_weight(name, folder)
+    try:
+        network = build(card.architecture_parameters)
+        network.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise WeightError(f"The weight '{name}' is not what its card describes ({reason}); get it again.") from error
+    return network.requires_grad_(False).eval(), card
 
 
 def as_numbers(*values: float, like: Tensor) -> Tensor:

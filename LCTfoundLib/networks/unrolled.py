@@ -25,12 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from LCTfoundLib.errors import WeightError
-from LCTfoundLib.networks.restoration import RestorationConfig, RestorationNet
+from LCTfoundLib.networks.restoration import RestorationConfig, RestorationNet, load_restorer
 from LCTfoundLib.physics.hounsfield import WATER_PER_MM
 from LCTfoundLib.physics.projector import Projector
 from LCTfoundLib.physics.solvers import conjugate_gradient, filtered_back_projection, poisson_weights
-from LCTfoundLib.weights.registry import Card, load_weight
+from LCTfoundLib.weights.registry import Card
 
 __all__ = [
     "UNROLLED_WEIGHT",
@@ -203,14 +202,7 @@ def load_unrolled(name: str = UNROLLED_WEIGHT, folder: Path | None = None) -> tu
     Raises:
         WeightError: missing or damaged weight, or of another network.
     """
-    card, state = load_weight(name, folder)
-    try:
-        network = UnrolledNet(UnrolledConfig.from_dict(card.architecture_parameters))
-        network.load_state_dict(state)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise WeightError(f"The weight '{name}' is not what its card describes ({reason}); get it again.") from error
-    return network.requires_grad_(False).eval(), card
+    return load_restorer(name, folder, lambda shape: UnrolledNet(UnrolledConfig.from_dict(shape)))
 
 
 def operator_norm(projector: Projector, iterations: int = 12) -> float:
