@@ -29,8 +29,6 @@ _SCALE_WEIGHT = 0.01
 _SOFT = 0.02
 #: Range that images are judged in, in units of water: -1000 to 1000 HU.
 _BRIGHTEST = 2.0
-#: Side of the images, mm: 256 pixels of 1.5 mm.
-_FIELD_MM = 384.0
 _TEXTS = {
     "task": "sparse-view reconstruction",
     "intended_use": "Reconstruction of chest CT slices from few X-ray views, for research.",
@@ -40,6 +38,16 @@ _TEXTS = {
         "time on a CPU, on parallel beams."
     ),
 }
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Images of one size, ``batch`` of them a step, in a share of the steps. Small ones cost little and teach most."""
+
+    size: int
+    field_mm: float
+    share: float
+    batch: int
 
 
 @dataclass
@@ -69,12 +77,15 @@ class SparseViewTask:
         prior = RestorationConfig.from_dict(defaults.prior.to_dict() | shape.get("prior", {}))
         self.shape = UnrolledConfig(shape["iterations"], shape["steps"], prior)
         self.network = UnrolledNet(self.shape)
-        self.seed, self.size, self.batch = int(config.get("seed", 0)), int(data["size"]), config["optimizer"]["batch"]
+        self.seed = int(config.get("seed", 0))
+        self.grids = [_Grid(**values) for values in data["grids"]]
+        self.scored = next(grid for grid in self.grids if grid.size == int(data["scored"]))
         self.views, self.noisy = [int(n) for n in data["views"]], float(data["noisy"])
         self.photons = tuple(float(n) for n in data["photons"])
-        augmentation = Augmentation(self.size, self.size)
-        self._train = ImageSampler(mixture, augmentation, self.seed)
-        self._held_out = ImageSampler(held_out, augmentation, 9_999_999) if held_out else None
+        sizes = {grid.size: Augmentation(grid.size, grid.size) for grid in self.grids}
+        self._train = {size: ImageSampler(mixture, each, self.seed) for size, each in sizes.items()}
+        whole = sizes[self.scored.size]
+        self._held_out = ImageSampler(held_out, whole, 9_999_999) if held_out else None
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -85,7 +96,10 @@ class SparseViewTask:
         views = self.views[int(rng.integers(len(self.views)))]
         noisy = rng.random() < self.noisy
         dose = Dose(float(np.exp(rng.uniform(*np.log(self.photons))))) if noisy else None
-        scan = self._scan(self._train, range(step * self.batch, (step + 1) * self.batch), views, dose)
+        shares = np.array([grid.share for grid in self.grids])
+        grid = self.grids[int(rng.choice(len(self.grids), p=shares / shares.sum()))]
+        first = step * max(grid.batch for grid in self.grids)
+        scan = self._scan(self._train[grid.size], range(first, first + grid.batch), grid, views, dose)
         result = self._run(scan)
         count = len(result.iterates)
         weights = [_EARLIER ** (count - 1 - n) for n in range(count)]
@@ -101,8 +115,8 @@ class SparseViewTask:
         if self._held_out is None:
             return {}
         found = {}
-        for views in self.views:
-            scan = self._scan(self._held_out, range(8), views, None)
+        for views in sorted(set(self.views)):
+            scan = self._scan(self._held_out, range(8), self.scored, views, None)
             wanted = scan.wanted.clamp(max=_BRIGHTEST)
             for name, images in (("start", scan.measured.start), ("psnr", self._run(scan).images)):
                 square = (images.clamp(0, _BRIGHTEST) - wanted).square().mean(dim=(1, 2))
@@ -113,10 +127,10 @@ class SparseViewTask:
         with torch.autocast(scan.wanted.device.type, torch.bfloat16):
             return self.network(scan.measured, scan.projector)
 
-    def _scan(self, sampler: ImageSampler, numbers: range, views: int, dose: Dose | None) -> _Scan:
+    def _scan(self, sampler: ImageSampler, numbers: range, on: _Grid, views: int, dose: Dose | None) -> _Scan:
         device = next(self.network.parameters()).device
         wanted = torch.cat([sampler(number) for number in numbers]).to(device) / 1000 + 1
-        grid = ImageGrid(self.size, self.size, _FIELD_MM / self.size)
+        grid = ImageGrid(on.size, on.size, on.field_mm / on.size)
         projector = Projector(grid, ParallelBeam.around(grid, views))
         rays = projector.forward(wanted * WATER_PER_MM)
         if dose is None:

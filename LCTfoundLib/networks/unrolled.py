@@ -44,12 +44,14 @@ __all__ = [
 #: Name of the shipped weight.
 UNROLLED_WEIGHT = "sparse_view"
 
-#: What the net is told: iteration, logarithms of the views and of the noise.
-_NUMBERS = 3
+#: What the net is told: iteration, logarithms of the views, of the noise and of the pixel.
+_NUMBERS = 4
 #: The image now, before the measurements corrected it, and the one it began with.
 _SEEN = 3
 #: Views that count as "one" on the logarithmic scale.
 _REFERENCE_VIEWS = 16
+#: Edge of the pixel that counts as "one", mm: a chest on 256 pixels.
+_REFERENCE_PIXEL_MM = 1.5
 #: Deviation of the noise in a line integral at which it begins to count.
 _REFERENCE_NOISE = 0.02
 #: Smallest scale of the error, in units of water: 1 HU.
@@ -76,7 +78,7 @@ class UnrolledConfig:
         if self.iterations < 1 or self.steps < 1:
             raise ValueError(f"{self.iterations} iterations of {self.steps} steps")
         if (self.prior.in_channels, self.prior.out_channels, self.prior.numbers) != (_SEEN, 2, _NUMBERS):
-            raise ValueError("the prior sees three images and three numbers and answers with two")
+            raise ValueError("the prior sees three images and four numbers and answers with two")
 
     def to_dict(self) -> dict[str, Any]:
         return {"iterations": self.iterations, "steps": self.steps, "prior": self.prior.to_dict()}
@@ -170,12 +172,13 @@ class UnrolledNet(nn.Module):
         count = len(start)
         views = start.new_full((count,), math.log2(projector.beam.views / _REFERENCE_VIEWS))
         told = torch.stack([torch.ones_like(views), views, torch.log1p(scan.relative_noise)], dim=1)
+        pixel = told.new_full((count, 1), math.log2(projector.grid.pixel_mm / _REFERENCE_PIXEL_MM))
         square = operator_norm(projector) ** 2
         x = before = start
         scale, iterates = torch.zeros_like(start), []
         for number in range(self.config.iterations):
             place = told.new_full((count, 1), number / max(self.config.iterations - 1, 1))
-            numbers = torch.cat([place, told[:, 1:]], dim=1)
+            numbers = torch.cat([place, told[:, 1:], pixel], dim=1)
             seen = torch.stack([x, before, start], dim=1).contiguous(memory_format=torch.channels_last)
             change, scale = self.prior(seen, numbers).float().unbind(dim=1)
             before = x + change
