@@ -52,7 +52,7 @@ from training.evaluate import image_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = UnrolledConfig(2, 2, RestorationConfig(3, 2, 3, (8,), (1,)))
+SMALL = UnrolledConfig(2, 2, RestorationConfig(3, 2, 4, (8,), (1,)))
 QUICK = ("--tier", "preview", "--slices", "29:31", "--size", "44", "--device", "cpu")
 
 

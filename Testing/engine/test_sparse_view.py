@@ -36,7 +36,7 @@ from Testing.engine.toy_backbones import two_levels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = UnrolledConfig(2, 3, RestorationConfig(3, 2, 3, (8,), (1,)))
+SMALL = UnrolledConfig(2, 3, RestorationConfig(3, 2, 4, (8,), (1,)))
 
 
 @pytest.fixture(autouse=True)

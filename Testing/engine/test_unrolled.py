@@ -17,7 +17,7 @@ from LCTfoundLib.physics.projector import Projector
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SMALL = RestorationConfig(3, 2, 3, (8, 12), (1, 1))
+SMALL = RestorationConfig(3, 2, 4, (8, 12), (1, 1))
 
 
 @pytest.fixture(autouse=True)
@@ -47,24 +47,24 @@ def shaken(network: torch.nn.Module) -> torch.nn.Module:
 class TestRestorationNet:
     def test_before_any_training_nothing_is_changed(self):
         network = RestorationNet(SMALL)
-        assert not network(torch.randn(2, 3, 16, 24), as_numbers(1, 2, 3, like=torch.ones(1))).any()
+        assert not network(torch.randn(2, 3, 16, 24), as_numbers(1, 2, 3, 4, like=torch.ones(1))).any()
 
     @pytest.mark.parametrize("shape", [(16, 16), (13, 7), (5, 30)])
     def test_any_size(self, shape):
-        found = shaken(RestorationNet(SMALL))(torch.randn(2, 3, *shape), torch.randn(2, 3))
+        found = shaken(RestorationNet(SMALL))(torch.randn(2, 3, *shape), torch.randn(2, 4))
         assert found.shape == (2, 2, *shape) and found.isfinite().all()
 
     def test_padding_does_not_change_what_lies_far_from_it(self):
-        network, images, told = shaken(RestorationNet(SMALL)), torch.randn(1, 3, 62, 62), torch.randn(1, 3)
+        network, images, told = shaken(RestorationNet(SMALL)), torch.randn(1, 3, 62, 62), torch.randn(1, 4)
         whole = network(images, told)
         wider = network(torch.nn.functional.pad(images, (0, 2, 0, 2), mode="replicate"), told)
         torch.testing.assert_close(whole, wider[..., :62, :62], atol=1e-5, rtol=1e-4)
 
     def test_images_do_not_see_each_other_and_each_number_counts(self):
-        network, images, told = shaken(RestorationNet(SMALL)), torch.randn(2, 3, 16, 16), torch.randn(2, 3)
+        network, images, told = shaken(RestorationNet(SMALL)), torch.randn(2, 3, 16, 16), torch.randn(2, 4)
         both = network(images, told)
         torch.testing.assert_close(both[1:], network(images[1:], told[1:]), atol=1e-5, rtol=1e-4)
-        for number in range(3):
+        for number in range(4):
             other = told.clone()
             other[:, number] += 1
             assert (network(images, other) - both).abs().max() > 1e-4
@@ -73,7 +73,7 @@ class TestRestorationNet:
         assert RestorationConfig.from_dict({**SMALL.to_dict(), "channels": [8, 12], "blocks": [1, 1]}) == SMALL
         for channels, blocks in (((8,), (1, 1)), ((), ()), ((8, 0), (1, 1))):
             with pytest.raises(ValueError, match="levels"):
-                RestorationConfig(3, 2, 3, channels, blocks)
+                RestorationConfig(3, 2, 4, channels, blocks)
 
 
 class TestNorm:
@@ -112,7 +112,7 @@ class TestUnrolledNet:
         assert torch.equal(result.images, result.iterates[-1]) and result.images.shape == images.shape
         assert len(result.iterates) == 3 and (result.scale >= 1e-3).all()
 
-    def test_views_and_noise_are_told(self):
+    def test_views_noise_and_pixel_are_told(self):
         network = shaken(UnrolledNet(self.CONFIG))
         seen: list[torch.Tensor] = []
         network.prior.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
@@ -122,8 +122,9 @@ class TestUnrolledNet:
             plain = network(scan, projector).images
             noisy = network(replace(scan, noise=torch.tensor([0.05])), projector).images
         assert not torch.allclose(plain, noisy, atol=1e-4)
+        pixel = np.log2(projector.grid.pixel_mm / 1.5)
         np.testing.assert_allclose(
-            torch.cat(seen[3:]).numpy(), [[place, 1, np.log(3.5)] for place in (0, 0.5, 1)], rtol=1e-5
+            torch.cat(seen[3:]).numpy(), [[place, 1, np.log(3.5), pixel] for place in (0, 0.5, 1)], rtol=1e-5
         )
 
     def test_noise_and_weights_of_a_scan(self, rng):

@@ -150,7 +150,7 @@ class TestPairs:
 
 
 def test_it_learns(shards, tmp_path):
-    trainer = trainer_of(shards, tmp_path, steps=60)
+    trainer = trainer_of(shards, tmp_path, steps=120)
     before = trainer.scores()
     trainer.fit(score_every=1000)
     after = trainer.scores()
