@@ -88,6 +88,7 @@ class Projections:
         beam: its geometry.
         water_per_mm: attenuation of water that its HU refer to, 1/mm.
         photons: of the rays in air, float32, (views, channels) or what broadcasts to it; None if not told.
+        electronic_noise: of the counts, standard deviation in photons.
         heights_mm: of the slices, if told.
         warnings: what was assumed or is missing; sentences for the user.
 
@@ -101,6 +102,7 @@ class Projections:
     photons: Tensor | None = None
     heights_mm: tuple[float, ...] = ()
     warnings: tuple[str, ...] = ()
+    electronic_noise: float = 0.0
 
     def __post_init__(self) -> None:
         shape = tuple(self.sinogram.shape)
@@ -119,6 +121,10 @@ class Projections:
             raise UnsuitableProjections(
                 f"Water attenuates {self.water_per_mm:.4g} per mm at no energy of a CT; give it in 1/mm, about "
                 f"{WATER_PER_MM}."
+            )
+        if not (math.isfinite(self.electronic_noise) and self.electronic_noise >= 0):
+            raise UnsuitableProjections(
+                f"Electronic noise of {self.electronic_noise:g} photons is no deviation; give 0 or more."
             )
         check_line_integrals(self.sinogram)
 
@@ -263,16 +269,17 @@ def _projections(sinogram: np.ndarray, settings: Mapping[str, Any], name: str) -
     beam = _beam(settings, sinogram.shape[-1], name)
     values = torch.from_numpy(sinogram.astype(np.float32).reshape(-1, *sinogram.shape[-2:]))
     photons = _photons(settings, beam.shape, name)
+    electronic = _number(settings, "electronic_noise", name, 0.0)
     quantity = settings.get("quantity", "line integrals")
     if quantity == "counts":
         if photons is None:
             raise UnsuitableProjections(f"{name} holds counts but not those of air; add photons to its geometry.")
-        values = line_integrals(values, photons, _number(settings, "electronic_noise", name, 0.0))
+        values = line_integrals(values, photons, electronic)
     elif quantity != "line integrals":
         raise UnsuitableProjections(f'The quantity of {name} is unknown; say "line integrals" or "counts".')
     water = _number(settings, "water_per_mm", name, WATER_PER_MM)
     heights = tuple(_numbers(settings, "heights_mm", name).ravel().tolist()) if "heights_mm" in settings else ()
-    return Projections(values, beam, water, photons, heights)
+    return Projections(values, beam, water, photons, heights, electronic_noise=electronic)
 
 
 def _check_names(settings: Mapping[str, Any], name: str) -> None:

@@ -152,7 +152,9 @@ def scan_of_volume(
     sinogram = torch.cat(rays)
     photons = None if dose is None else torch.as_tensor(dose.unattenuated(sinogram[:1]))
     heights = tuple(float(ct.origin[2] + k * ct.spacing[2]) for k in range(len(slices)))
-    return Projections(sinogram, projector.beam, WATER_PER_MM, photons, heights), grid, slices
+    electronic = 0.0 if dose is None else dose.electronic_noise
+    scan = Projections(sinogram, projector.beam, WATER_PER_MM, photons, heights, electronic_noise=electronic)
+    return scan, grid, slices
 
 
 def reconstruct_sparse_view(
@@ -244,6 +246,7 @@ class _Run:
             rays.to(device),
             self.projector,
             None if photons is None else photons.to(device),
+            self.scan.electronic_noise,
             water_per_mm=self.scan.water_per_mm,
         )
 

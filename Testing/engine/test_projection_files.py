@@ -81,8 +81,9 @@ class TestArrays:
     def test_counts_become_line_integrals(self, tmp_path, sinogram, rng, shape):
         photons = rng.uniform(5e4, 1e5, shape)
         counts = np.rint(photons * np.exp(-sinogram)).astype(np.uint32)
-        settings = {**PARALLEL, "quantity": "counts", "photons": photons.tolist()}
+        settings = {**PARALLEL, "quantity": "counts", "photons": photons.tolist(), "electronic_noise": 4}
         found = read_projections(write(tmp_path, counts, settings, ".npz"))
+        assert found.electronic_noise == 4
         np.testing.assert_allclose(found.sinogram.numpy(), sinogram, atol=0.01)
         assert found.photons is not None and tuple(found.photons.shape) == shape
 
@@ -113,6 +114,7 @@ class TestRefusedArrays:
             ({"quantity": "counts"}, "add photons"),
             ({"quantity": "HU"}, "line integrals"),
             ({"water_per_mm": 0.192}, "in 1/mm"),
+            ({"photons": 1e5, "electronic_noise": -3}, "Electronic noise of -3 photons"),
         ],
     )
     def test_settings(self, tmp_path, sinogram, change, words):

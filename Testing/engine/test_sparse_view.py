@@ -154,6 +154,7 @@ class TestScan:
         clean, grid, slices = scan_of_volume(ct, 5, size=16)
         noisy, *_ = scan_of_volume(ct, 5, Dose(1e4), size=16, seed=1)
         again, *_ = scan_of_volume(ct, 5, Dose(1e4), size=16, seed=1)
+        assert noisy.electronic_noise == Dose(1e4).electronic_noise and clean.electronic_noise == 0
         assert grid == ImageGrid(16, 16, 6.0) and slices.shape == (3, 16, 16)
         assert torch.equal(noisy.sinogram, again.sinogram)
         assert 0.003 < (noisy.sinogram - clean.sinogram).std() < 0.3 and float(noisy.photons.max()) == 1e4
