@@ -1,7 +1,7 @@
-"""One reconstruction from its file to a finished result folder: what the shell's ``reconstruct`` tasks do and share.
+"""One reconstruction from its input to what is told of it: what the ``reconstruct`` tasks of shell and worker share.
 
-A command's own function makes the image from the input; reading, refusing what cannot end well, comparing with a
-reference where there is one, and writing are the same for all. The result folder appears only when it is whole.
+A task's own function makes the image from slices of a CT; reading, refusing what cannot end well, comparing with a
+reference where there is one, and writing are the same for all. The shell's result folder appears only when it is whole.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,19 @@ from LCTfoundLib.volume_dicom import is_dicom_file
 from LCTfoundLib.volume_io import read_ct
 
 __all__ = [
+    "CtSlices",
     "LowDoseOptions",
     "SliceChoice",
     "SparseViewOptions",
     "SuperResolutionOptions",
+    "errors_of_slices",
     "low_dose_case",
+    "low_dose_of",
     "run_reconstruction",
     "sparse_view_case",
+    "sparse_view_of",
     "super_resolution_case",
+    "super_resolution_of",
     "told_agreement",
 ]
 
@@ -132,6 +137,22 @@ class SliceChoice:
         first, last, step = [*numbers, None][:3]
         return cls(1 if first is None else first, last, 1 if step is None else step)
 
+    @classmethod
+    def around(cls, ct: Volume, place: Sequence[float], count: int, group: int = 1) -> SliceChoice:
+        """So many slices around a place, as far as there are; the place may lie outside.
+
+        Args:
+            ct: canonical.
+            place: LPS mm.
+            count: how many.
+            group: the number becomes a multiple of this, the next larger one if there are that many.
+        """
+        total = len(ct.array) - len(ct.array) % group
+        count = max(1, min(-(-count // group) * group, total))
+        middle = round(float(ct.index_from_world(np.asarray(place))[0]))
+        first = min(max(middle - count // 2, 0), len(ct.array) - count)
+        return cls(first + 1, first + count)
+
     def of(self, count: int) -> range:
         """Indices from 0 of so many slices.
 
@@ -189,18 +210,52 @@ def _kind(manifest: Path) -> str:
         return ""
 
 
-def read_slices(source: Path, slices: SliceChoice, progress: Progress) -> tuple[Volume, range]:
-    """A checked CT, canonical, cut to the chosen slices, and their indices in it.
+@dataclass(frozen=True, eq=False)
+class CtSlices:
+    """What a reconstruction begins with.
 
-    Raises:
-        UnsuitableImage, LCTfoundError, Cancelled: it cannot be read or has no such slices.
+    Attributes:
+        ct: HU, checked, canonical, cut to the chosen slices.
+        chosen: their indices in the whole CT, from 0 at the feet.
+        case: name of the CT.
+        source: what it was read from, for the provenance.
+        identity: DICOM files that it was read from.
     """
-    ct = read_ct(source, progress).to_canonical()
-    chosen = slices.of(len(ct.array))
-    x, y, z = ct.world_from_index(np.array([chosen.start, 0, 0]))
-    i, j, k = ct.spacing
-    array = ct.array[chosen.start : chosen.stop : chosen.step]
-    return Volume(array, (i, j, k * chosen.step), (x, y, z), ct.direction, dict(ct.metadata)), chosen
+
+    ct: Volume
+    chosen: range
+    case: str
+    source: str
+    identity: DicomSource = field(default_factory=DicomSource)
+
+    @classmethod
+    def of(cls, ct: Volume, slices: SliceChoice, case: str, source: str, identity: DicomSource) -> CtSlices:
+        """Some slices of a canonical CT.
+
+        Raises:
+            LCTfoundError: there are no such slices.
+        """
+        chosen = slices.of(len(ct.array))
+        x, y, z = ct.world_from_index(np.array([chosen.start, 0, 0]))
+        i, j, k = ct.spacing
+        array = ct.array[chosen.start : chosen.stop : chosen.step]
+        part = Volume(array, (i, j, k * chosen.step), (x, y, z), ct.direction, dict(ct.metadata))
+        return cls(part, chosen, case, source, identity)
+
+    @classmethod
+    def read(cls, source: Path, slices: SliceChoice, progress: Progress) -> CtSlices:
+        """Of a file or folder.
+
+        Raises:
+            UnsuitableImage, LCTfoundError, Cancelled: it cannot be read or has no such slices.
+        """
+        ct = read_ct(source, progress).to_canonical()
+        return cls.of(ct, slices, case_name(source), str(source), dicom_source(source))
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of the slices in the whole CT, from 1 at the feet."""
+        return [index + 1 for index in self.chosen]
 
 
 def dicom_source(source: Path) -> DicomSource:
@@ -224,6 +279,25 @@ def compared(
     masks = bodies(reference, pixel_mm)
     found = {name: agreement_of(reference, hu, masks, interval) for name, (hu, interval) in images.items()}
     return {name: agreement for name, agreement in found.items() if agreement is not None}
+
+
+def errors_of_slices(content: Reconstruction) -> dict[str, list[float | None]]:
+    """Root of the mean squared difference to the reference inside the body, HU, by image and slice.
+
+    Empty without a reference; None for a slice without a body.
+    """
+    if content.reference is None:
+        return {}
+    reference, pixel_mm = content.reference.array, content.image.spacing[0]
+    masks = bodies(reference, pixel_mm)
+    images = {content.before_name: content.before.array, "Reconstruction": content.image.array}
+    found: dict[str, list[float | None]] = {name: [] for name in images}
+    for name, hu in images.items():
+        for k in range(len(reference)):
+            one = slice(k, k + 1)
+            agreement = agreement_of(reference[one], hu[one], masks[one])
+            found[name].append(None if agreement is None else agreement.rmse_hu)
+    return found
 
 
 def told_agreement(manifest: Mapping[str, Any]) -> list[str]:
@@ -293,16 +367,25 @@ def sparse_view_case(options: SparseViewOptions) -> Callable[[Path, Progress], R
 
 
 def _of_ct(source: Path, options: SparseViewOptions, progress: Progress) -> Reconstruction:
-    """Scan a CT with few views, reconstruct, and compare with it."""
     if options.pixel_mm is not None or options.field_mm is not None:
         raise LCTfoundError("--pixel-mm and --field-mm are for projections; a CT keeps its field of view (see --size).")
-    reading, scanning, working = progress.split({"Reading the CT": 4, "Simulating the scan": 4, "Reconstructing": 92})
+    reading, working = progress.split({"Reading the CT": 4, "Reconstructing": 96})
     try:
-        ct, chosen = read_slices(source, options.slices, reading)
+        part = CtSlices.read(source, options.slices, reading)
     except UnsuitableImage as error:
         raise UnsuitableImage(f"{error}{hint_of_geometry(source)}") from error
-    identity = dicom_source(source)
+    return sparse_view_of(part, options, working)
+
+
+def sparse_view_of(part: CtSlices, options: SparseViewOptions, progress: Progress) -> Reconstruction:
+    """Scan a CT with few views, reconstruct, and compare with it.
+
+    Raises:
+        LCTfoundError, Cancelled: as ``reconstruct_sparse_view``.
+    """
+    scanning, working = progress.split({"Simulating the scan": 4, "Reconstructing": 96})
     scanning.update(0.0)
+    ct = part.ct
     dose = None if options.dose is None else Dose(fraction=options.dose)
     views = options.views or _VIEWS
     scan, grid, slices = scan_of_volume(ct, views, dose, options.size, options.request.seed)
@@ -310,9 +393,9 @@ def _of_ct(source: Path, options: SparseViewOptions, progress: Progress) -> Reco
     where = _scanned_grid(ct, grid)
     before = _filtered(scan, Projector(grid, scan.beam))
     images = {_FBP: (before, None), "Reconstruction": (result.hu, result.interval_hu)}
-    notes = [_SIMULATED, *warnings_of(ct), *_apart(options, chosen.step)]
+    notes = [_SIMULATED, *warnings_of(ct), *_apart(options, part.chosen.step)]
     noise = "no noise" if dose is None else f"{100 * dose.fraction:g} % of {dose.photons:,.0f} photons"
-    content = _content(source, options, scan, grid, result, where, before, [number + 1 for number in chosen])
+    content = _content(part.case, part.source, options, scan, grid, result, where, before, part.numbers)
     return replace(
         content,
         nature=Nature.SIMULATED if options.request.tier is Tier.PREVIEW else Nature.SYNTHETIC_DETAIL,
@@ -321,7 +404,7 @@ def _of_ct(source: Path, options: SparseViewOptions, progress: Progress) -> Reco
         notes=notes,
         facts={**content.facts, "simulated noise": noise},
         provenance={**content.provenance, "simulated": {"views": views, "dose": options.dose, "noise": noise}},
-        source=identity,
+        source=part.identity,
     )
 
 
@@ -338,7 +421,8 @@ def _of_projections(source: Path, options: SparseViewOptions, progress: Progress
     where, notes = volume_of_scan(scan, grid)
     result = reconstruct_sparse_view(scan, grid, options.request, working)
     before = _filtered(scan, Projector(grid, scan.beam, truncated=options.request.truncated))
-    content = _content(source, options, scan, grid, result, where, before, [number + 1 for number in chosen])
+    numbers = [index + 1 for index in chosen]
+    content = _content(case_name(source), str(source), options, scan, grid, result, where, before, numbers)
     return replace(
         content,
         nature=Nature.DERIVED if options.request.tier is Tier.PREVIEW else Nature.SYNTHETIC_DETAIL,
@@ -348,7 +432,8 @@ def _of_projections(source: Path, options: SparseViewOptions, progress: Progress
 
 
 def _content(
-    source: Path,
+    case: str,
+    source: str,
     options: SparseViewOptions,
     scan: Projections,
     grid: ImageGrid,
@@ -359,7 +444,7 @@ def _content(
 ) -> Reconstruction:
     tier, interval = options.request.tier, result.interval_hu
     return Reconstruction(
-        case=case_name(source),
+        case=case,
         task="sparse-view reconstruction",
         how=f"{tier.value}, {scan.beam.views} views",
         image=where.with_array(result.hu),
@@ -377,7 +462,7 @@ def _content(
             "network evaluations a slice": str(result.evaluations),
             "time": f"{result.provenance['seconds']:.0f} s",
         },
-        provenance=result.provenance | {"source": str(source), "slices": [numbers[0], numbers[-1], len(numbers)]},
+        provenance=result.provenance | {"source": source, "slices": [numbers[0], numbers[-1], len(numbers)]},
     )
 
 
@@ -438,31 +523,38 @@ def low_dose_case(options: LowDoseOptions) -> Callable[[Path, Progress], Reconst
 
     def make(source: Path, progress: Progress) -> Reconstruction:
         reading, working = progress.split({"Reading the CT": 6, "Reducing the noise": 94})
-        ct, chosen = read_slices(source, options.slices, reading)
-        identity = dicom_source(source)
-        noisy = ct if options.simulate is None else _made_noisy(ct, options.simulate, options.seed)
-        result = reduce_noise(noisy, options.request, working)
-        interval = None if result.interval_hu is None else ct.with_array(result.interval_hu)
-        content = Reconstruction(
-            case=case_name(source),
-            task="noise reduction of low-dose CT",
-            how=f"{options.request.tier.value}, strength {options.request.strength:g}",
-            image=result.ct,
-            before=noisy,
-            before_name="CT as it was measured" if options.simulate is None else "CT with simulated noise",
-            nature=Nature.SYNTHETIC_DETAIL,
-            interval=interval,
-            numbers=[number + 1 for number in chosen],
-            warnings=result.warnings,
-            notes=warnings_of(ct),
-            plots=_noise_plots(result),
-            facts=_noise_facts(result, options),
-            provenance=result.provenance | {"source": str(source), "simulated": {"dose": options.simulate}},
-            source=identity,
-        )
-        return content if options.simulate is None else _with_reference(content, ct, _NOISE_ADDED)
+        return low_dose_of(CtSlices.read(source, options.slices, reading), options, working)
 
     return make
+
+
+def low_dose_of(part: CtSlices, options: LowDoseOptions, progress: Progress) -> Reconstruction:
+    """Take the noise out of a CT, or out of what is made of it with ``simulate``.
+
+    Raises:
+        LCTfoundError, Cancelled: as ``reduce_noise``.
+    """
+    ct = part.ct
+    noisy = ct if options.simulate is None else _made_noisy(ct, options.simulate, options.seed)
+    result = reduce_noise(noisy, options.request, progress)
+    content = Reconstruction(
+        case=part.case,
+        task="noise reduction of low-dose CT",
+        how=f"{options.request.tier.value}, strength {options.request.strength:g}",
+        image=result.ct,
+        before=noisy,
+        before_name="CT as it was measured" if options.simulate is None else "CT with simulated noise",
+        nature=Nature.SYNTHETIC_DETAIL,
+        interval=None if result.interval_hu is None else ct.with_array(result.interval_hu),
+        numbers=part.numbers,
+        warnings=result.warnings,
+        notes=warnings_of(ct),
+        plots=_noise_plots(result),
+        facts=_noise_facts(result, options),
+        provenance=result.provenance | {"source": part.source, "simulated": {"dose": options.simulate}},
+        source=part.identity,
+    )
+    return content if options.simulate is None else _with_reference(content, ct, _NOISE_ADDED)
 
 
 def _made_noisy(ct: Volume, dose: float, seed: int) -> Volume:
@@ -534,33 +626,41 @@ def super_resolution_case(options: SuperResolutionOptions) -> Callable[[Path, Pr
     """The ``make`` of :func:`run_reconstruction`: a CT, or one that is made coarse, with finer voxels."""
 
     def make(source: Path, progress: Progress) -> Reconstruction:
-        request = options.request
         _check_neighbors(options)
         reading, working = progress.split({"Reading the CT": 6, "Making it finer": 94})
-        ct, chosen = read_slices(source, options.slices, reading)
-        identity = dicom_source(source)
-        factor, direction = request.factor, request.direction
-        coarse = coarse_volume(ct, direction, factor, request.thickness_mm) if options.simulate else ct
-        result = super_resolve(coarse, request, working)
-        content = Reconstruction(
-            case=case_name(source),
-            task="super-resolution",
-            how=f"{request.method.value}, {factor} times finer {_ALONG[direction]}",
-            image=result.ct,
-            before=result.ct.with_array(_repeated(coarse.array, direction, factor)),
-            before_name="Coarse CT" if options.simulate else "CT as it was measured",
-            nature=_nature(options),
-            interval=result.interval_hu,
-            numbers=[number + 1 for number in chosen] if direction is Direction.IN_PLANE else (),
-            warnings=result.warnings,
-            notes=warnings_of(ct),
-            facts=_finer_facts(coarse, result, options),
-            provenance=result.provenance | {"source": str(source), "simulated": options.simulate},
-            source=identity,
-        )
-        return _with_reference(content, ct, _MADE_COARSE) if options.simulate else content
+        return super_resolution_of(CtSlices.read(source, options.slices, reading), options, working)
 
     return make
+
+
+def super_resolution_of(part: CtSlices, options: SuperResolutionOptions, progress: Progress) -> Reconstruction:
+    """Make a CT finer, or with ``simulate`` a coarse one made of it.
+
+    Raises:
+        LCTfoundError, Cancelled: as ``super_resolve``, or slices are left out that would have to be neighbors.
+    """
+    _check_neighbors(options)
+    request, ct = options.request, part.ct
+    factor, direction = request.factor, request.direction
+    coarse = coarse_volume(ct, direction, factor, request.thickness_mm) if options.simulate else ct
+    result = super_resolve(coarse, request, progress)
+    content = Reconstruction(
+        case=part.case,
+        task="super-resolution",
+        how=f"{request.method.value}, {factor} times finer {_ALONG[direction]}",
+        image=result.ct,
+        before=result.ct.with_array(_repeated(coarse.array, direction, factor)),
+        before_name="Coarse CT" if options.simulate else "CT as it was measured",
+        nature=_nature(options),
+        interval=result.interval_hu,
+        numbers=part.numbers if direction is Direction.IN_PLANE else (),
+        warnings=result.warnings,
+        notes=warnings_of(ct),
+        facts=_finer_facts(coarse, result, options),
+        provenance=result.provenance | {"source": part.source, "simulated": options.simulate},
+        source=part.identity,
+    )
+    return _with_reference(content, ct, _MADE_COARSE) if options.simulate else content
 
 
 def _check_neighbors(options: SuperResolutionOptions) -> None:

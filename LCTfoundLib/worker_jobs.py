@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import numpy as np
 
 from LCTfoundLib.anatomy.quality import Finding, Severity
 from LCTfoundLib.anatomy.structures import STRUCTURES, Lobe, Tree, segments_of_lobe
-from LCTfoundLib.errors import LCTfoundError, UnsuitableImage
 from LCTfoundLib.export.bundle import ExportOptions, LungExport, export_all
 from LCTfoundLib.export.options import TRIANGLES
 from LCTfoundLib.export.parts import STRUCTURE_PARTS
@@ -29,22 +26,15 @@ from LCTfoundLib.tasks.relabel import BranchName, relabel
 from LCTfoundLib.tasks.segments import only_lobes
 from LCTfoundLib.tasks.state import LungState, StateError, load_state, save_state
 from LCTfoundLib.volume import Volume
-from LCTfoundLib.volume_checks import check_ct, warnings_of
+from LCTfoundLib.volume_checks import warnings_of
 from LCTfoundLib.weights.registry import list_weights, search_folders
+from LCTfoundLib.worker_requests import BadRequest, Fields, ct_of, labels_of
 
-__all__ = ["SCRATCH_VARIABLE", "BadRequest", "perform", "warm"]
+__all__ = ["perform", "warm"]
 
-#: Environment variable with the folder that outputs must lie in.
-SCRATCH_VARIABLE = "LCTFOUND_SCRATCH"
-
-_MOST_VOXELS = 1_500_000_000
 #: mm; somebody waits for what is shown, and segments are smooth: from voxels of this size their surfaces need no
 #: decimation, which would take most of the time (10 s of 13 for a 512 x 512 x 300 CT). What is exported is finer.
 _SHOWN_VOXEL = 1.8
-
-
-class BadRequest(LCTfoundError):
-    """A request that cannot be understood: a field is missing or of another kind, or a file is not there."""
 
 
 def perform(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
@@ -63,7 +53,7 @@ def perform(request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     task = request.get("task")
     if not isinstance(task, str) or task not in _TASKS:
         raise BadRequest(f"There is no task '{task}'; choose from {', '.join(_TASKS)}.")
-    return _TASKS[task](_Fields(request), progress)
+    return _TASKS[task](Fields(request), progress)
 
 
 def warm(threads: int) -> dict[str, str]:
@@ -120,113 +110,10 @@ class _KeptNets:
 _nets = _KeptNets()
 
 
-# -- requests --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Fields:
-    """The fields of a JSON object, each asked for by name and kind."""
-
-    values: Mapping[str, Any]
-
-    def has(self, name: str) -> bool:
-        return self.values.get(name) is not None
-
-    def text(self, name: str, default: str | None = None) -> str:
-        return self._get(name, str, "a text", default)
-
-    def number(self, name: str) -> int:
-        return self._get(name, int, "a whole number", None)
-
-    def group(self, name: str) -> _Fields:
-        """An object; empty where it is missing."""
-        return _Fields(self._get(name, dict, "an object", {}))
-
-    def items(self, name: str) -> list[Any]:
-        """A list; empty where it is missing."""
-        return self._get(name, list, "a list", [])
-
-    def numbers(self, name: str, count: int) -> list[float]:
-        values = self.items(name)
-        plain = all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
-        if len(values) != count or not plain:
-            raise BadRequest(f"'{name}' must be {count} finite numbers.")
-        return [float(value) for value in values]
-
-    def path(self, name: str) -> Path:
-        """An absolute path: the worker's own folder means nothing to who asks."""
-        path = Path(self.text(name))
-        if not path.is_absolute() or "\0" in str(path):
-            raise BadRequest(f"'{name}' must be an absolute path, it is '{path}'.")
-        return path
-
-    def file(self, name: str) -> Path:
-        """A file that is there."""
-        path = self.path(name)
-        if not path.is_file():
-            raise BadRequest(f"There is no file {path}; '{name}' must name one.")
-        return path
-
-    def output(self) -> Path:
-        """A new folder, within the scratch folder where one is set."""
-        path, scratch = self.path("output"), os.environ.get(SCRATCH_VARIABLE)
-        if scratch and not path.resolve().is_relative_to(Path(scratch).resolve()):
-            raise BadRequest(f"The output {path} lies outside of the session's folder {scratch}; put it there.")
-        return path
-
-    def _get(self, name: str, kind: type, what: str, default: Any) -> Any:
-        value = self.values.get(name)
-        value = default if value is None else value
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise BadRequest(f"'{name}' must be {what}.")
-        return value
-
-
-def _ct(fields: _Fields, progress: Progress) -> Volume:
-    """A checked CT; what had to be mended is told as warnings."""
-    volume = _volume(fields, _array(fields.file("array")))
-    if volume.array.size > _MOST_VOXELS:
-        raise UnsuitableImage(f"The image has {volume.array.size} voxels; crop it to the chest.")
-    ct = check_ct(volume)
-    for text in warnings_of(ct):
-        progress.warn(text)
-    return ct
-
-
-def _volume(fields: _Fields, array: np.ndarray) -> Volume:
-    (a, b, c), (x, y, z) = fields.numbers("spacing", 3), fields.numbers("origin", 3)
-    direction = np.array(fields.numbers("direction", 9)).reshape(3, 3)
-    metadata = {str(key): str(value) for key, value in fields.group("metadata").values.items()}
-    if array.ndim != 3:
-        raise UnsuitableImage(f"The image has {array.ndim} dimensions; give one volume.")
-    try:
-        return Volume(array, (a, b, c), (x, y, z), direction, metadata)
-    except ValueError as error:
-        raise UnsuitableImage(f"The image's geometry cannot be used ({error}); resample it to right angles.") from error
-
-
-def _array(path: Path) -> np.ndarray:
-    """An array file, mapped; nothing in it is run."""
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise BadRequest(f"{path} is damaged or no array file ({error}); write it again.") from error
-    except OSError as error:
-        raise BadRequest(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
-
-
-def _labels(path: Path, ct: Volume, most: int) -> Volume:
-    """A label map on the CT's grid."""
-    array = _array(path)
-    if array.shape != ct.shape or array.dtype != np.uint8 or array.max(initial=0) > most:
-        raise BadRequest(f"{path} must be a label map of codes 0-{most} (uint8) with the CT's size; write it again.")
-    return ct.with_array(np.ascontiguousarray(array))
-
-
 # -- segmentation ----------------------------------------------------------------------------------------------------
 
 
-def _segment_lungs(fields: _Fields, progress: Progress) -> dict[str, Any]:
+def _segment_lungs(fields: Fields, progress: Progress) -> dict[str, Any]:
     """``input`` (array, spacing, origin, direction, metadata), ``options`` (quality, device, weights_folder),
     ``output``."""
     checking, segmenting, surfaces, writing = progress.split(
@@ -234,7 +121,7 @@ def _segment_lungs(fields: _Fields, progress: Progress) -> dict[str, Any]:
     )
     checking.update(0.0)
     output, request = fields.output(), _lung_request(fields.group("options"))
-    ct = _ct(fields.group("input"), checking)
+    ct = ct_of(fields.group("input"), checking)
     result = segment_lungs(ct, request, segmenting, _nets.load)
     state = result.state
     assert state is not None
@@ -249,7 +136,7 @@ def _segment_lungs(fields: _Fields, progress: Progress) -> dict[str, Any]:
     return {"folder": str(output)}
 
 
-def _lung_request(options: _Fields) -> LungRequest:
+def _lung_request(options: Fields) -> LungRequest:
     quality = options.text("quality", Quality.STANDARD.value)
     if quality not in set(Quality):
         raise BadRequest(f"There is no quality '{quality}'; choose from {', '.join(Quality)}.")
@@ -352,7 +239,7 @@ def _volumes(
 # -- relabeling ------------------------------------------------------------------------------------------------------
 
 
-def _relabel(fields: _Fields, progress: Progress) -> dict[str, Any]:
+def _relabel(fields: Fields, progress: Progress) -> dict[str, Any]:
     """``state`` (file), ``ct`` (as ``input`` above, or null), ``changes`` (tree, branch, segment), ``output``;
     ``lobes`` (codes): to compute again in any case, such as those of a change that was taken back.
 
@@ -364,7 +251,7 @@ def _relabel(fields: _Fields, progress: Progress) -> dict[str, Any]:
     reading.update(0.0)
     output, changes, again = fields.output(), _changes(fields), _lobes(fields)
     state = load_state(fields.file("state"))
-    ct = _ct(fields.group("ct"), reading) if fields.has("ct") else None
+    ct = ct_of(fields.group("ct"), reading) if fields.has("ct") else None
     if ct is not None and not ct.same_grid(state.grid):
         raise StateError("The CT is not the one that was segmented (other size or position); choose that or none.")
     result = relabel(state, changes, naming, again)
@@ -378,11 +265,11 @@ def _relabel(fields: _Fields, progress: Progress) -> dict[str, Any]:
     return {"folder": str(output)}
 
 
-def _changes(fields: _Fields) -> list[BranchName]:
+def _changes(fields: Fields) -> list[BranchName]:
     trees = {tree.name.lower(): tree for tree in Tree}
     changes = []
     for item in fields.items("changes"):
-        change = _Fields(item if isinstance(item, dict) else {})
+        change = Fields(item if isinstance(item, dict) else {})
         name = change.text("tree")
         if name not in trees:
             raise BadRequest(f"There is no tree '{name}'; choose airway or artery.")
@@ -390,7 +277,7 @@ def _changes(fields: _Fields) -> list[BranchName]:
     return changes
 
 
-def _lobes(fields: _Fields) -> list[Lobe]:
+def _lobes(fields: Fields) -> list[Lobe]:
     codes = fields.items("lobes")
     if not all(isinstance(code, int) and code in set(Lobe) for code in codes):
         raise BadRequest(f"'lobes' must be codes from 1 to {len(Lobe)}.")
@@ -411,17 +298,17 @@ def _surfaces_of(segments: Volume, lobes: Collection[Lobe], progress: Progress) 
 # -- export and doctor -----------------------------------------------------------------------------------------------
 
 
-def _export(fields: _Fields, progress: Progress) -> dict[str, Any]:
+def _export(fields: Fields, progress: Progress) -> dict[str, Any]:
     """``input``, ``segments`` and ``trees`` (files), ``confidence``, ``findings``, ``provenance``, ``edited``,
     ``options`` (see ``ExportOptions``), ``case`` (name), ``folder`` (target)."""
     checking, exporting = progress.split({"Checking the CT": 5, "Export": 95})
     checking.update(0.0)
     folder, options = fields.path("folder"), ExportOptions.parse(fields.group("options").values)
-    ct = _ct(fields.group("input"), checking)
+    ct = ct_of(fields.group("input"), checking)
     content = LungExport(
         fields.text("case", "case"),
-        _labels(fields.file("segments"), ct, len(STRUCTURES) - len(Tree)),
-        _labels(fields.file("trees"), ct, max(Tree)),
+        labels_of(fields.file("segments"), ct, len(STRUCTURES) - len(Tree)),
+        labels_of(fields.file("trees"), ct, max(Tree)),
         ct,
         _confidence(fields.group("confidence").values),
         _findings(fields.items("findings")),
@@ -447,7 +334,7 @@ def _findings(items: Sequence[Any]) -> list[Finding]:
         raise BadRequest("'findings' must hold objects with severity (0-2), structure and sentence.") from error
 
 
-def _doctor(fields: _Fields, progress: Progress) -> dict[str, Any]:
+def _doctor(fields: Fields, progress: Progress) -> dict[str, Any]:
     """``folder`` (whose disk is looked at; optional), ``weights_folder`` (optional)."""
     from LCTfoundLib.doctor import examine
 
@@ -459,9 +346,21 @@ def _doctor(fields: _Fields, progress: Progress) -> dict[str, Any]:
     return {"checks": [{"what": c.what, "value": c.value, "verdict": c.verdict.value} for c in checks]}
 
 
-_TASKS: dict[str, Callable[[_Fields, Progress], dict[str, Any]]] = {
+def _reconstruction(task: str) -> Callable[[Fields, Progress], dict[str, Any]]:
+    """One of ``worker_reconstruction``, which is imported when it is asked for: the worker is warm sooner."""
+
+    def perform_it(fields: Fields, progress: Progress) -> dict[str, Any]:
+        from LCTfoundLib.worker_reconstruction import RECONSTRUCTIONS
+
+        return RECONSTRUCTIONS[task](fields, progress)
+
+    return perform_it
+
+
+_TASKS: dict[str, Callable[[Fields, Progress], dict[str, Any]]] = {
     "segment_lungs": _segment_lungs,
     "relabel": _relabel,
     "export": _export,
     "doctor": _doctor,
+    **{task: _reconstruction(task) for task in ("sparse_view", "low_dose", "super_resolution", "export_series")},
 }
