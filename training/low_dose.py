@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import sparse
-from torch import Tensor
+from torch import Tensor, nn
 
 from LCTfoundLib.errors import UnsuitableImage
 from LCTfoundLib.networks.low_dose import LOW_DOSE_SHAPE, LOW_DOSE_WEIGHT, LowDoseAnswer, LowDoseNet, noise_fineness
@@ -31,7 +31,7 @@ from LCTfoundLib.physics.solvers import RampFilter
 from training.restoration import ImageSampler
 from training.shard_stream import Augmentation, Mixture
 
-__all__ = ["AIR", "LowDoseScanner", "LowDoseTask"]
+__all__ = ["AIR", "LowDoseScanner", "LowDoseTask", "Pair", "slice_psnr"]
 
 #: What scanners cut their images at, -1024 HU, in units of water.
 AIR = -0.024
@@ -141,7 +141,7 @@ class _Draw:
 
 
 @dataclass
-class _Pair:
+class Pair:
     """A batch: what the net sees, what it is told, and what it should answer, in units of water."""
 
     slices: Tensor
@@ -164,8 +164,7 @@ class LowDoseTask:
 
     def __init__(self, config: Mapping[str, Any], mixture: Mixture, held_out: Mixture | None) -> None:
         data = config["data"]
-        self.shape = RestorationConfig.from_dict(LOW_DOSE_SHAPE.to_dict() | config["network"])
-        self.network = LowDoseNet(self.shape)
+        self.network = self.build(config["network"])
         self.seed, self.size, self.batch = int(config.get("seed", 0)), int(data["size"]), config["optimizer"]["batch"]
         self.dose = Dose(float(data["photons"]), electronic_noise=float(data["electronic_noise"]))
         self.fractions, self.field_mm = tuple(data["fractions"]), tuple(data["field_mm"])
@@ -174,13 +173,27 @@ class LowDoseTask:
         self._train = ImageSampler(mixture, augmentation, self.seed, neighbors=1)
         self._held_out = ImageSampler(held_out, augmentation, 9_999_999, neighbors=1) if held_out else None
 
+    def build(self, shape: Mapping[str, Any]) -> nn.Module:
+        """The network that is trained."""
+        return LowDoseNet(RestorationConfig.from_dict(LOW_DOSE_SHAPE.to_dict() | shape))
+
     @property
     def parameters(self) -> dict[str, Any]:
-        return self.shape.to_dict()
+        return self.network.config.to_dict()
+
+    def pair_of(self, step: int) -> Pair:
+        """Of a step of the training."""
+        numbers = range(step * self.batch, (step + 1) * self.batch)
+        return self._pair(self._train, numbers, [self._draw(number) for number in numbers])
+
+    def scored_pair(self) -> Pair:
+        """Held-out chests at 5 % of the dose, soft kernel."""
+        assert self._held_out is not None
+        draw = _Draw(Dose(self.dose.photons, _SCORED_DOSE, self.dose.electronic_noise), _SCORED_FIELD_MM / self.size, 0)
+        return self._pair(self._held_out, range(8), [draw] * 8)
 
     def loss(self, step: int) -> Tensor:
-        numbers = range(step * self.batch, (step + 1) * self.batch)
-        pair = self._pair(self._train, numbers, [self._draw(number) for number in numbers])
+        pair = self.pair_of(step)
         answer = self._run(pair)
         missed = answer.images - pair.wanted
         # Charbonnier: straight for large errors, and the squares that PSNR counts beside it.
@@ -196,17 +209,16 @@ class LowDoseTask:
         """
         if self._held_out is None:
             return {}
-        draw = _Draw(Dose(self.dose.photons, _SCORED_DOSE, self.dose.electronic_noise), _SCORED_FIELD_MM / self.size, 0)
-        pair = self._pair(self._held_out, range(8), [draw] * 8)
+        pair = self.scored_pair()
         answer = self._run(pair)
         inside = (answer.images - pair.wanted).abs() <= _NINETY * answer.scale
         return {
-            "input psnr": _psnr(pair.slices[:, 1], pair.wanted),
-            "psnr": _psnr(answer.images, pair.wanted),
+            "input psnr": slice_psnr(pair.slices[:, 1], pair.wanted),
+            "psnr": slice_psnr(answer.images, pair.wanted),
             "inside": float(inside[pair.wanted > _TISSUE].float().mean()),
         }
 
-    def _run(self, pair: _Pair) -> LowDoseAnswer:
+    def _run(self, pair: Pair) -> LowDoseAnswer:
         with torch.autocast(pair.slices.device.type, torch.bfloat16):
             return self.network(pair.slices, pair.sigma_hu, pair.fineness)
 
@@ -223,7 +235,7 @@ class LowDoseTask:
             float(rng.normal(0, _FINENESS_OFF)),
         )
 
-    def _pair(self, sampler: ImageSampler, numbers: range, draws: Sequence[_Draw]) -> _Pair:
+    def _pair(self, sampler: ImageSampler, numbers: range, draws: Sequence[_Draw]) -> Pair:
         device = next(self.network.parameters()).device
         triples = torch.stack([sampler(number) for number in numbers]).to(device) / 1000 + 1
         pixel_mm = triples.new_tensor([draw.pixel_mm for draw in draws])[:, None, None, None]
@@ -239,7 +251,7 @@ class LowDoseTask:
                 if draw.alone or torch.equal(triple[place], triple[1]):
                     slices[row, place] = slices[row, 1]
         told = [_told_noise(*each) for each in zip(slices[:, 1], wanted, draws, strict=True)]
-        return _Pair(slices, wanted.new_tensor(told), wanted.new_tensor([draw.fineness for draw in draws]), wanted)
+        return Pair(slices, wanted.new_tensor(told), wanted.new_tensor([draw.fineness for draw in draws]), wanted)
 
     def _measured(self, clean: Tensor, draw: _Draw, number: int) -> Tensor:
         generator = torch.Generator(clean.device).manual_seed(self.seed * 1_000_003 + number)
@@ -255,7 +267,7 @@ def _told_noise(noisy: Tensor, clean: Tensor, draw: _Draw) -> float:
     return draw.noise_off * sigma
 
 
-def _psnr(images: Tensor, wanted: Tensor) -> float:
+def slice_psnr(images: Tensor, wanted: Tensor) -> float:
     """Mean over slices, the peak being 2,000 HU."""
     square = (images.clamp(0, _BRIGHTEST) - wanted.clamp(0, _BRIGHTEST)).square().mean(dim=(1, 2))
     return float((10 * torch.log10(_BRIGHTEST**2 / square)).mean())

@@ -20,6 +20,7 @@ from LCTfoundLib.physics.image_quality import Lesion
 from LCTfoundLib.physics.noise import SHARP, SOFT, Dose
 from LCTfoundLib.physics.projector import Projector
 from LCTfoundLib.physics.solvers import filtered_back_projection
+from LCTfoundLib.tasks.low_dose import COLD_WEIGHT, load_cold
 from training.curation.shards import ShardWriter
 from training.evaluate.image_metrics import psnr, rmse
 from training.evaluate.low_dose import LowDoseScans, evaluate, scan_of, with_neighbors, write_report
@@ -175,6 +176,23 @@ def test_the_weight_loads_in_the_engine(shards, tmp_path):
     path.write_text(json.dumps(values))
     with pytest.raises(WeightError, match="not what its card describes"):
         load_low_dose(folder=tmp_path)
+
+
+def test_the_published_adapter_is_trained_on_the_shipped_backbone_and_loads(shards, tmp_path):
+    config = CONFIG | {"task": "low_dose_cold", "network": {"width": 8}, "data": CONFIG["data"] | {"patch": 16}}
+    config |= {"optimizer": CONFIG["optimizer"] | {"steps": 2, "ema": 0.0}}
+    mixture = Mixture([Source(shards)], 3)
+    task = task_of(config, mixture, Mixture([Source(shards)], 0))
+    before = task.scores()
+    assert before["psnr"] == pytest.approx(before["input psnr"], abs=0.1)  # a fresh adapter hands the slice through
+    trainer = Trainer(config, task, tmp_path / "run", mixture.data)
+    trainer.fit(score_every=1000)
+    card = trainer.export(tmp_path, "1", {})
+    assert card.name == COLD_WEIGHT
+    _, loaded = load_cold(tmp_path)
+    for key, value in loaded.adapter.state_dict().items():
+        torch.testing.assert_close(value, trainer.average[key], atol=2e-3, rtol=2e-3)
+    assert trainer.scores()["psnr"] != before["psnr"]
 
 
 def test_the_shipped_shape_fits_its_budget():
