@@ -239,10 +239,19 @@ def task_of(config: Mapping[str, Any], mixture: Mixture, held_out: Mixture | Non
         from training.sparse_view import SparseViewTask
 
         return SparseViewTask(config, mixture, held_out)
+    if config["task"] in ("post_processing", "dual_domain"):
+        from training.sparse_view_baselines import DualDomainTask, PostProcessingTask
+
+        baseline = PostProcessingTask if config["task"] == "post_processing" else DualDomainTask
+        return baseline(config, mixture, held_out)
     if config["task"] == "low_dose":
         from training.low_dose import LowDoseTask
 
         return LowDoseTask(config, mixture, held_out)
+    if config["task"] == "low_dose_cold":
+        from training.low_dose_cold import ColdLowDoseTask
+
+        return ColdLowDoseTask(config, mixture, held_out)
     raise LCTfoundError(f"There is no restoration task '{config['task']}'; see training/configs.")
 
 
