@@ -48,6 +48,7 @@ from training.evaluate.reconstruction_methods import (
     Setting,
     methods_named,
 )
+from training.evaluate.reconstruction_networks import weights_of
 from training.evaluate.reconstruction_report import Row, Shown, write_report
 from training.evaluate.reconstruction_slices import SPLIT, ReconstructionSlice, SliceChoice, read_slices
 
@@ -99,6 +100,13 @@ class _Measured:
         if not np.isfinite(self.hu).all():
             raise ValueError(f"{name} answered pixels that are not finite")
         self.evaluations = answer.evaluations
+        self.interval_hu = None if answer.interval_hu is None else answer.interval_hu[0].float().cpu().numpy()
+
+    def inside(self, piece: ReconstructionSlice) -> float | None:
+        """Share of the body's pixels whose true value the interval holds; None where none was told."""
+        if self.interval_hu is None:
+            return None
+        return float((np.abs(self.hu - piece.hu) <= self.interval_hu)[piece.body].mean())
 
 
 def _wait(device: torch.device) -> None:
@@ -143,7 +151,18 @@ def evaluate(
             scores = score_slice(piece.hu, found.hu, piece.body, piece.pixel_mm, feature_distance)
             scores["residual"] = found.residual
             images[name] = found.hu
-            rows.append(Row(piece.name, piece.patient, setting.views, name, scores, found.evaluations, found.seconds))
+            rows.append(
+                Row(
+                    piece.name,
+                    piece.patient,
+                    setting.views,
+                    name,
+                    scores,
+                    found.evaluations,
+                    found.seconds,
+                    found.inside(piece),
+                )
+            )
         if number in picked:
             shown.append(Shown(piece, images))
         told = ", ".join(f"{row.method} {row.scores['psnr']:.1f} dB" for row in rows[-len(ready) :])
@@ -252,13 +271,17 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tune", action="store_true", help="choose parameters on training slices instead")
     parser.add_argument("--parameters", type=Path, default=PARAMETERS, help="file of the chosen parameters")
     parser.add_argument("--no-feature-distance", action="store_true", help="leave the learned distance out")
+    parser.add_argument("--weights", type=Path, help="folder of the networks' weights; the usual places otherwise")
+    parser.add_argument(
+        "--paper-steps", type=int, default=Setting.paper_steps, help="network evaluations of the method 'paper'"
+    )
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder of the real data")
     parser.add_argument("--out", type=Path, default=Path("output/reconstruction"))
     parser.add_argument("--seed", type=int, default=0, help="of noise, of methods that draw, and of the bootstrap")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     options = parser.parse_args(arguments)
-    if min(options.views) < 1 or options.size < 41 or not options.photons > 0:
-        parser.error("--views and --photons must be above 0, --size 41 at least")
+    if min(options.views) < 1 or options.size < 41 or not options.photons > 0 or options.paper_steps < 1:
+        parser.error("--views, --photons and --paper-steps must be above 0, --size 41 at least")
     return options
 
 
@@ -271,7 +294,10 @@ class _Run:
         self.choice = choose_device(options.device)
         device = self.choice.device
         dose = Dose(options.photons) if options.noise == "quantum" else None
-        self.settings = [Setting(options.size, views, dose, device, options.seed) for views in options.views]
+        self.settings = [
+            Setting(options.size, views, dose, device, options.seed, options.weights, options.paper_steps)
+            for views in options.views
+        ]
 
     def slices(self, choice: SliceChoice) -> tuple[list[ReconstructionSlice], list[str]]:
         found, missing = read_slices(choice, self.options.size, self.options.data)
@@ -325,6 +351,7 @@ class _Run:
             "parameters": {
                 str(setting.views): dict(chosen) for setting, chosen in zip(self.settings, parameters, strict=True)
             },
+            "weights_sha256": weights_of(self.methods, options.weights),
             "seed": options.seed,
         }
 

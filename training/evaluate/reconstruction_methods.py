@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +50,8 @@ class Setting:
             simulates.
         device: of the tensors.
         seed: of the noise, and of methods that draw.
+        weights: folder of the networks' weights, looked into before the usual places.
+        paper_steps: network evaluations of the published recipe.
     """
 
     size: int
@@ -56,6 +59,8 @@ class Setting:
     dose: Dose | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
+    weights: Path | None = None
+    paper_steps: int = 2000
 
     @property
     def noise(self) -> str:
@@ -87,10 +92,13 @@ class Reconstructed:
     Attributes:
         hu: float32 (N, S, S).
         evaluations: of a network, for a slice; 0 for classical methods.
+        interval_hu: half of the width of the interval that should hold a pixel's true value in 9 of 10 cases, (N, S,
+            S); None for methods that do not tell.
     """
 
     hu: Tensor
     evaluations: int = 0
+    interval_hu: Tensor | None = None
 
 
 class Reconstructor(Protocol):
