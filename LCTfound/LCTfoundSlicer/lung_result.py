@@ -24,6 +24,7 @@ from LCTfoundSlicer.mrml import (
     BINARY_LABELMAP,
     CLOSED_SURFACE,
     EngineGeometry,
+    InputChanged,
     InputSignature,
     labelLayer,
     matrixToArray,
@@ -34,7 +35,6 @@ from LCTfoundSlicer.mrml import (
 
 __all__ = [
     "BranchChange",
-    "InputChanged",
     "LungCase",
     "applyRelabeled",
     "applyResult",
@@ -54,10 +54,6 @@ _CONFIDENCE_TAG = "LCTfound.Confidence"
 #: The lungs are seen through, the trees stand in them.
 _SEGMENT_OPACITY_3D = 0.35
 _SEGMENT_OPACITY_2D = 0.35
-
-
-class InputChanged(RuntimeError):
-    """The input of a finished run is gone or was changed meanwhile, so the result would not fit it."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ __all__ = [
     "BINARY_LABELMAP",
     "CLOSED_SURFACE",
     "EngineGeometry",
+    "InputChanged",
     "InputSignature",
     "UnusableVolume",
     "dicomFilesOf",
+    "engineFromWorld",
     "engineGeometry",
     "labelLayer",
     "matrixToArray",
@@ -37,6 +39,10 @@ _FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
 _SLAB_BYTES = 16_000_000
 #: Axes that deviate from right angles by more than this are no scanner's rounding.
 _SHEAR = 1e-3
+
+
+class InputChanged(RuntimeError):
+    """The input of a finished run is gone or was changed meanwhile, so the result would not fit it."""
 
 
 class UnusableVolume(RuntimeError):
@@ -68,6 +74,13 @@ class EngineGeometry:
             "direction": list(self.direction),
             "metadata": metadata,
         }
+
+    def ijkToRAS(self, grid: Mapping[str, Sequence[float]]) -> Any:
+        """vtkMatrix4x4 of a result's grid (``spacing``, ``origin``, ``direction``) in the volume node's own RAS."""
+        lps = np.eye(4)
+        lps[:3, :3] = np.reshape(grid["direction"], (3, 3)) * np.asarray(grid["spacing"])
+        lps[:3, 3] = grid["origin"]
+        return _arrayToMatrix(self.localFromEngine @ lps)
 
     @property
     def engineFromLocal(self) -> np.ndarray:
@@ -128,11 +141,15 @@ def _worldFromLocal(node: Any) -> tuple[np.ndarray, bool]:
     return matrixToArray(matrix), True
 
 
-def engineGeometry(volumeNode: Any) -> EngineGeometry:
+def engineGeometry(volumeNode: Any, inWorld: bool = True) -> EngineGeometry:
     """The geometry to compute in: the world where a rigid parent transform leads to it, else the volume's own frame.
 
     A transform that turns the patient upright must count, since left and right follow from it; one that stretches or
     warps must not, since the networks know sizes. Results are put back under the same parent transform either way.
+
+    Args:
+        volumeNode: the volume.
+        inWorld: False takes the volume's own frame in any case, such as that of the DICOM files it was read from.
 
     Raises:
         UnusableVolume: no image, or axes that are not at right angles.
@@ -141,7 +158,7 @@ def engineGeometry(volumeNode: Any) -> EngineGeometry:
         raise UnusableVolume("The volume holds no image; load a chest CT and choose it as input.")
     ijkToRAS = _ijkToRAS(volumeNode)
     world, linear = _worldFromLocal(volumeNode)
-    candidates = [world, np.eye(4)] if linear else [np.eye(4)]
+    candidates = [world, np.eye(4)] if linear and inWorld else [np.eye(4)]
     for frame in candidates:
         lps = _FLIP @ frame @ ijkToRAS
         steps = np.linalg.norm(lps[:3, :3], axis=0)
@@ -254,6 +271,12 @@ def polyDataFromMesh(
         array.SetName("Normals")
         mesh.GetPointData().SetNormals(array)
     return mesh
+
+
+def engineFromWorld(volumeNode: Any, geometry: EngineGeometry, point: Sequence[float]) -> list[float]:
+    """Where a point of the world (RAS mm) lies for the engine (LPS mm)."""
+    local = np.linalg.inv(_worldFromLocal(volumeNode)[0]) @ [*point, 1.0]
+    return [float(value) for value in (geometry.engineFromLocal @ local)[:3]]
 
 
 def placeUnderStudyOf(node: Any, volumeNode: Any) -> None:

@@ -38,9 +38,11 @@ class PackageSize:
 
 
 #: Measured on the wheels for Python 3.12 (torch 2.13.0 with torchvision 0.28.0, scikit-image 0.26.0, safetensors
-#: 0.8.0, psutil 7.2.2) and, for torch with CUDA on Linux, on an install of 2.14.1; on disk with the bytecode that pip
-#: adds. Torch with CUDA on Windows could not be measured: it is the sum of the libraries it shares with that for Linux.
+#: 0.8.0, psutil 7.2.2; diffusers 0.42.1 with its eleven) and, for torch with CUDA on Linux, on an install of 2.14.1; on
+#: disk with the bytecode that pip adds. Torch with CUDA on Windows could not be measured: it is the sum of the
+#: libraries it shares with that for Linux.
 _SIZES = {
+    "diffusers": PackageSize(14, 100),
     "safetensors": PackageSize(1, 2),
     "scikit-image": PackageSize(17, 50),
     "psutil": PackageSize(1, 1),
