@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from LCTfoundLib.errors import WeightError
+from LCTfoundLib.errors import LCTfoundError, WeightError
 from LCTfoundLib.networks.backbone import backbone_config, build_backbone
 from LCTfoundLib.networks.conditions import BuiltInEncoder, Scaling
 from LCTfoundLib.networks.features import NoiseSchedule
@@ -30,12 +30,14 @@ from LCTfoundLib.physics.noise import Dose
 from LCTfoundLib.physics.projector import Projector
 from LCTfoundLib.tasks.sparse_view import INTERVAL_FACTOR
 from LCTfoundLib.weights.registry import Card, DataSource, save_weight
-from Testing.training.test_reconstruction_evaluation import SIDE, chest, method
+from Testing.training.test_reconstruction_evaluation import SIDE, chest, method, offline, tcga_folder  # noqa: F401
+from training.curation.shards import ShardWriter
 from training.evaluate.reconstruction import evaluate, simulated
+from training.evaluate.reconstruction_interval import calibrated, main, shortfalls
 from training.evaluate.reconstruction_methods import Context, Reconstructed, Setting, methods_named
 from training.evaluate.reconstruction_networks import NETWORKS, guided_sampling, weights_of
 from training.evaluate.reconstruction_report import write_report
-from training.evaluate.reconstruction_slices import ReconstructionSlice
+from training.evaluate.reconstruction_slices import ReconstructionSlice, is_test_patient
 from training.sparse_view_baselines import (
     DUAL_DOMAIN_WEIGHT,
     POST_PROCESSING_WEIGHT,
@@ -137,6 +139,54 @@ def test_the_report_tells_how_many_pixels_lie_inside(piece, rng, tmp_path):
     table = [line for line in lines if line.startswith(("| NEAR", "| SILENT"))]
     assert table[0].endswith(f"| {100 * rows[0].inside:.1f} ± 0.0 |") and table[1].endswith("| - |")
     assert json.loads((tmp_path / "results.json").read_text())["slices"][1]["inside"] is None
+
+
+# -- the interval's factor -------------------------------------------------------------------------------------------
+
+
+def test_the_factor_holds_nine_of_ten_however_many_pixels_a_setting_has(rng):
+    ratios = {"a": rng.laplace(0, 0.3, 50_000), "b": rng.laplace(0, 0.6, 5_000)}
+    ratios = {name: np.abs(values) for name, values in ratios.items()}
+    factor = calibrated(ratios)
+    assert np.mean([(values <= factor).mean() for values in ratios.values()]) == pytest.approx(0.9, abs=2e-3)
+    assert calibrated({"b": 2 * ratios["b"]}) == pytest.approx(2 * calibrated({"b": ratios["b"]}))
+    with pytest.raises(LCTfoundError, match="FBP, bare ramp tells no interval"):
+        shortfalls(
+            [ReconstructionSlice("a", "a", chest(rng), 6.0)], methods_named(["fbp_ram_lak"])[0], Setting(SIDE, 4)
+        )
+
+
+@pytest.mark.usefixtures("offline")
+def test_the_command_writes_numbers_for_the_card(rng, weights, tmp_path, capsys):
+    data, out = tcga_folder(tmp_path / "data", rng), tmp_path / "interval.json"
+    with ShardWriter(tmp_path) as writer:
+        hu = np.stack([chest(rng)] * 2).astype(np.int16)
+        writer.add(hu, {"study": "held out", "labels": {}, "source": "phantom", "license": "CC0-1.0"})
+        staged = writer.close()
+    (tmp_path / "held_out").mkdir()
+    (tmp_path / staged.staging).rename(tmp_path / "held_out/shard-0.tar")
+    main(
+        ["--weights", str(weights), "--data", str(data), "--held-out", str(tmp_path / "held_out"), "--count", "2"]
+        + ["--views", "6", "--sizes", "64", "--device", "cpu", "--out", str(out)]
+    )
+    told = json.loads(out.read_text(encoding="utf-8"))
+    coverage = told["inside the 90 % interval"]
+    assert len(coverage) == 2 and np.mean([v["after"] for v in coverage.values()]) == pytest.approx(0.9, abs=5e-3)
+    assert "held-out 1" in told["interval found on"] and not any(
+        is_test_patient(n.split()[0]) for n in told["interval found on"]
+    )
+    # With the factor in the card, nothing is left to do.
+    network = load_unrolled(folder=weights)[0].state_dict()
+    save_weight(network, replace(CARD, numbers=told), tmp_path)
+    again = ["--weights", str(tmp_path), "--data", str(data), "--views", "6", "--sizes", "64", "--device", "cpu"]
+    main([*again, "--held-out", str(tmp_path / "held_out"), "--count", "2", "--out", str(out)])
+    assert json.loads(out.read_text(encoding="utf-8"))[INTERVAL_FACTOR] == pytest.approx(
+        told[INTERVAL_FACTOR], rel=1e-2
+    )
+    assert "| before | after |" in capsys.readouterr().out
+
+
+# -- the published recipe --------------------------------------------------------------------------------------------
 
 
 def test_guided_sampling_draws_from_the_posterior_of_an_exact_prior(rng):

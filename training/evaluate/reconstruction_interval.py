@@ -1,0 +1,173 @@
+"""How much wider the fast tier's interval has to be than its net says, so that it holds 90 % of the pixels.
+
+    python -m training.evaluate.reconstruction_interval --weights runs/exported --held-out runs/shards/validation \\
+        --out interval.json
+
+The net learns the scale of its errors on what it is trained on, and on others it errs more. One factor for all makes up
+for that (split conformal prediction, with pixels for samples: they are no independent ones, so that nothing is
+guaranteed; Angelopoulos et al., ICML 2022, do it so for images). It is found on shards that nothing is trained on and
+on the frozen tuning slices, never on a test patient; each setting counts the same. The file goes into the weight's card
+(``training.restoration --export FOLDER --numbers FILE``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from LCTfoundLib.errors import LCTfoundError
+from LCTfoundLib.networks.unrolled import load_unrolled
+from LCTfoundLib.physics.noise import Dose
+from LCTfoundLib.runtime.device import choose_device
+from LCTfoundLib.runtime.files import atomic_path, output_errors
+from LCTfoundLib.tasks.sparse_view import INTERVAL_FACTOR
+from training.evaluate.cases import DEFAULT_DATA
+from training.evaluate.reconstruction import simulated
+from training.evaluate.reconstruction_methods import Context, Method, Setting, methods_named
+from training.evaluate.reconstruction_slices import ReconstructionSlice, SliceChoice, read_slices
+from training.restoration import ImageSampler
+from training.shard_stream import Augmentation, Mixture, Source
+
+__all__ = ["calibrated", "held_out_slices", "main", "shortfalls", "table"]
+
+#: What the interval shall hold.
+_COVERAGE = 0.9
+#: Side of the images from shards, mm.
+_FIELD_MM = 384.0
+#: Values that stand for all pixels of a setting.
+_QUANTILES = 2000
+
+
+def held_out_slices(folder: Path, size: int, count: int) -> list[ReconstructionSlice]:
+    """Chests of shards that nothing is trained on."""
+    sampler = ImageSampler(Mixture([Source(folder)], 0), Augmentation(size, size), 9_999_999)
+    return [
+        ReconstructionSlice(f"held-out {n}", f"held-out {n}", sampler(n)[0].numpy(), _FIELD_MM / size)
+        for n in range(count)
+    ]
+
+
+def shortfalls(slices: Sequence[ReconstructionSlice], method: Method, setting: Setting) -> np.ndarray:
+    """Errors of the bodies' pixels as shares of half of the interval's width, float32; above 1 lies outside.
+
+    Raises:
+        LCTfoundError: the method tells no interval.
+    """
+    run, found = method.make(setting), []
+    for piece in slices:
+        sinogram, projector = simulated(piece, setting)
+        answer = run(sinogram, projector, Context(setting, {}, setting.seed))
+        if answer.interval_hu is None:
+            raise LCTfoundError(f"{method.title} tells no interval; choose a method that does, such as 'fast'.")
+        error = (answer.hu[0].cpu() - torch.from_numpy(piece.hu)).abs()
+        found.append((error / answer.interval_hu[0].cpu()).numpy()[piece.body])
+    return np.concatenate(found).astype(np.float32)
+
+
+def calibrated(ratios: Mapping[str, np.ndarray], coverage: float = _COVERAGE) -> float:
+    """What the intervals have to be multiplied with so that, the mean over all settings, they hold that share.
+
+    Args:
+        ratios: of each setting, any number.
+        coverage: 0-1.
+    """
+    places = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
+    return float(np.quantile(np.concatenate([np.quantile(each, places) for each in ratios.values()]), coverage))
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def _settings(options: argparse.Namespace, size: int) -> Iterator[tuple[str, Setting]]:
+    device = choose_device(options.device).device
+    for views in options.views:
+        for dose in (None, Dose(options.photons)):
+            setting = Setting(size, views, dose, device, options.seed, options.weights)
+            yield f"{size} pixels, {views} views, noise {setting.noise}", setting
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Find the factor of the fast tier's interval.")
+    parser.add_argument("--weights", type=Path, help="folder of the weight; the usual places otherwise")
+    parser.add_argument("--held-out", type=Path, help="folder of shards that nothing is trained on")
+    parser.add_argument("--count", type=int, default=8, help="slices of these shards")
+    parser.add_argument("--views", type=_numbers, default=(8, 16, 32))
+    parser.add_argument("--sizes", type=_numbers, default=(256, 512), help="pixels of a side")
+    parser.add_argument("--photons", type=float, default=Dose.photons, help="of a ray in air, with noise")
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder of the real data")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
+    parser.add_argument("--out", type=Path, default=Path("output/interval.json"))
+    return parser.parse_args(arguments)
+
+
+def _run(options: argparse.Namespace, log: Callable[[str], None]) -> dict[str, Any]:
+    (fast,) = methods_named(["fast"])
+    card = load_unrolled(folder=options.weights)[1]
+    before = float(card.numbers.get(INTERVAL_FACTOR, 1.0))
+    ratios: dict[str, np.ndarray] = {}
+    names: set[str] = set()
+    for size in options.sizes:
+        slices, missing = read_slices(SliceChoice.TUNING, size, options.data)
+        for reason in missing:
+            log(f"left out: {reason}")
+        slices += held_out_slices(options.held_out, size, options.count) if options.held_out else []
+        if not slices:
+            raise LCTfoundError(f"There is no slice to work on ({'; '.join(missing)}).")
+        names |= {piece.name for piece in slices}
+        for name, setting in _settings(options, size):
+            ratios[name] = shortfalls(slices, fast, setting)
+            log(f"{name}: {100 * (ratios[name] <= 1).mean():.1f} % inside")
+    factor = calibrated(ratios)
+    log(f"factor {before * factor:.3f} (was {before:.3f})")
+    coverage = {
+        name: {"before": round(float((each <= 1).mean()), 4), "after": round(float((each <= factor).mean()), 4)}
+        for name, each in ratios.items()
+    }
+    return {
+        INTERVAL_FACTOR: round(before * factor, 4),
+        "inside the 90 % interval": coverage,
+        "interval found on": sorted(names),
+        "weight_sha256": card.sha256,
+    }
+
+
+def table(coverage: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown: share inside before and after."""
+    lines = ["| setting | before | after |", "|---|---|---|"]
+    lines += [f"| {name} | {100 * v['before']:.1f} % | {100 * v['after']:.1f} % |" for name, v in coverage.items()]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    begin = time.monotonic()
+
+    def log(line: str) -> None:
+        print(f"{time.monotonic() - begin:5.0f} s  {line}", flush=True)
+
+    try:
+        found = _run(options, log)
+        with output_errors(options.out.parent):
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(options.out) as temporary:
+                temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    except LCTfoundError as error:
+        raise SystemExit(str(error)) from error
+    print(table(found["inside the 90 % interval"]))
+    log(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
