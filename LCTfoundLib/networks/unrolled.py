@@ -1,13 +1,13 @@
 """Sparse-view reconstruction by an unrolled network: a learned image prior and the measurements take turns.
 
-Each of a few iterations restores the image (``RestorationNet``, one for all iterations, told which one it is) and then
+It begins at the image of total variation, which costs no training. Each of a few iterations restores the image (``RestorationNet``, one for all iterations, told which one it is) and then
 brings it near to the sinogram by some steps of conjugate gradients on
 
     |A x - y|^2 + rho |A|^2 |x - restored|^2,
 
 begun at the restored image, with a trained rho per iteration that the noise and the number of views may change. That is
-MoDL (Aggarwal et al., IEEE T-MI 38 (2019) 394) with the starting image beside the current one as in LEARN (Chen et al.,
-T-MI 37 (2018) 1333). The net's second channel tells how far the answer may be off: the scale of a Laplace distribution
+MoDL (Aggarwal et al., IEEE T-MI 38 (2019) 394) with the filtered back-projection beside the current image as in LEARN
+(Chen et al., T-MI 37 (2018) 1333). The net's second channel tells how far the answer may be off: the scale of a Laplace distribution
 of each pixel's error.
 
 Images are in units of water (0 in air, 1 in water): where nothing is, nothing has to be learned.
@@ -16,7 +16,7 @@ Images are in units of water (0 in air, 1 in water): where nothing is, nothing h
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,12 @@ from torch.nn import functional as F
 from LCTfoundLib.networks.restoration import RestorationConfig, RestorationNet, load_restorer
 from LCTfoundLib.physics.hounsfield import WATER_PER_MM
 from LCTfoundLib.physics.projector import Projector
-from LCTfoundLib.physics.solvers import conjugate_gradient, filtered_back_projection, poisson_weights
+from LCTfoundLib.physics.solvers import (
+    conjugate_gradient,
+    filtered_back_projection,
+    poisson_weights,
+    total_variation_reconstruction,
+)
 from LCTfoundLib.weights.registry import Card
 
 __all__ = [
@@ -46,7 +51,7 @@ UNROLLED_WEIGHT = "sparse_view"
 
 #: What the net is told: iteration, logarithms of the views, of the noise and of the pixel.
 _NUMBERS = 4
-#: The image now, before the measurements corrected it, and the one it began with.
+#: The image now, before the measurements corrected it, and the filtered back-projection.
 _SEEN = 3
 #: Views that count as "one" on the logarithmic scale.
 _REFERENCE_VIEWS = 16
@@ -54,6 +59,9 @@ _REFERENCE_VIEWS = 16
 _REFERENCE_PIXEL_MM = 1.5
 #: Deviation of the noise in a line integral at which it begins to count.
 _REFERENCE_NOISE = 0.02
+#: Strength of total variation, of a pixel's edge, for rays without noise; iterations of the image to begin with. At 8 to
+#: 64 views of real chests .1 and .6 are worse; twice as many iterations gain another 7 to 11 %.
+_TV_STRENGTH, _TV_ITERATIONS = 0.3, 60
 #: Smallest scale of the error, in units of water: 1 HU.
 _LEAST_SCALE = 1e-3
 #: Of the answer 0, before ``softplus``: a scale of 50 HU.
@@ -70,7 +78,7 @@ class UnrolledConfig:
         prior: the restoring net's channels and blocks.
     """
 
-    iterations: int = 6
+    iterations: int = 5
     steps: int = 4
     prior: RestorationConfig = field(default_factory=lambda: RestorationConfig(_SEEN, 2, _NUMBERS))
 
@@ -140,6 +148,15 @@ class UnrolledInput:
         """In units of the deviation at which it begins to count, (N,)."""
         return self.noise / _REFERENCE_NOISE
 
+    def smooth(
+        self, projector: Projector, iterations: int = _TV_ITERATIONS, progress: Callable[[float], object] | None = None
+    ) -> Tensor:
+        """The image of little total variation, begun at the filtered back-projection, in units of water, (N, H, W)."""
+        strength = _TV_STRENGTH * projector.grid.pixel_mm * (1.0 + self.relative_noise)[:, None, None]
+        return total_variation_reconstruction(
+            projector, self.sinograms, strength, self.start.clamp(min=0), iterations, self.weights, progress=progress
+        )
+
 
 @dataclass
 class UnrolledResult:
@@ -174,7 +191,8 @@ class UnrolledNet(nn.Module):
         told = torch.stack([torch.ones_like(views), views, torch.log1p(scan.relative_noise)], dim=1)
         pixel = told.new_full((count, 1), math.log2(projector.grid.pixel_mm / _REFERENCE_PIXEL_MM))
         square = operator_norm(projector) ** 2
-        x = before = start
+        with torch.no_grad():
+            x = before = scan.smooth(projector)
         scale, iterates = torch.zeros_like(start), []
         for number in range(self.config.iterations):
             place = told.new_full((count, 1), number / max(self.config.iterations - 1, 1))

@@ -274,7 +274,7 @@ def sirt(
 def total_variation_reconstruction(
     operator: LinearOperator,
     sinograms: Tensor,
-    strength: float,
+    strength: float | Tensor,
     start: Tensor | None = None,
     iterations: int = 200,
     weights: Tensor | None = None,
@@ -287,12 +287,15 @@ def total_variation_reconstruction(
     Chambolle (ICCV 2011), as Sidky et al. (Phys. Med. Biol. 57 (2012) 3065) use them for CT.
 
     Args, returns and raises as :func:`conjugate_gradient`, and:
-        strength: of the total variation, mm.
+        strength: of the total variation, mm, a number or one for each slice, (..., 1, 1). It sets the pace too: with a
+            few tenths of a pixel's edge 100 iterations suffice, with a hundredth of it 2,000 do not.
         non_negative: no attenuation below zero.
     """
     _check(operator, sinograms)
-    if not strength >= 0:
+    strength = torch.as_tensor(strength, dtype=sinograms.dtype, device=sinograms.device)
+    if not bool((strength >= 0).all()):
         raise ValueError(f"strength {strength} must not be negative")
+    radius = strength[..., None]
     weight = torch.ones_like(sinograms) if weights is None else weights.expand_as(sinograms)
     x = start if start is not None else torch.zeros_like(operator.adjoint(sinograms))
     columns = operator.adjoint(torch.ones_like(sinograms))
@@ -304,7 +307,7 @@ def total_variation_reconstruction(
     for iteration in range(iterations):
         moved = data_dual + data_step * (operator.forward(ahead) - sinograms)
         data_dual = weight * moved / _positive(weight + data_step)
-        gradient_dual = _within(gradient_dual + gradient_step[..., None] * _gradient(ahead), strength)
+        gradient_dual = _within(gradient_dual + gradient_step[..., None] * _gradient(ahead), radius)
         last = x
         x = x - step * (operator.adjoint(data_dual) + _gradient_adjoint(gradient_dual))
         x = x.clamp(min=0) if non_negative else x
@@ -361,10 +364,10 @@ def _gradient_adjoint(duals: Tensor) -> Tensor:
     return rows + F.pad(right, (1, 0)) - F.pad(right, (0, 1))
 
 
-def _within(duals: Tensor, radius: float) -> Tensor:
+def _within(duals: Tensor, radius: Tensor) -> Tensor:
     """Vectors longer than the radius cut to it."""
     lengths = torch.linalg.vector_norm(duals, dim=-1, keepdim=True)
-    return duals * (radius / lengths.clamp(min=max(radius, torch.finfo(duals.dtype).tiny)))
+    return duals * (radius / torch.maximum(lengths, radius).clamp(min=torch.finfo(duals.dtype).tiny))
 
 
 def _dot(first: Tensor, second: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from LCTfoundLib.physics.hounsfield import WATER_PER_MM, attenuation_of
 from LCTfoundLib.physics.noise import Dose, measure
 from LCTfoundLib.physics.projection_files import Projections
 from LCTfoundLib.physics.projector import Projector
-from LCTfoundLib.physics.solvers import relative_residual, total_variation_reconstruction
+from LCTfoundLib.physics.solvers import relative_residual
 from LCTfoundLib.runtime.device import choose_device
 from LCTfoundLib.runtime.progress import Progress
 from LCTfoundLib.tasks.slice_predictor import SlicePredictor
@@ -55,8 +55,8 @@ _LAPLACE, _NORMAL = math.log(1 / (1 - _COVERAGE)), 1.6449
 INTERVAL_FACTOR = "interval factor"
 #: Slices at a time.
 _SLICES = 4
-#: Strength of total variation, of a pixel, without noise, and iterations.
-_TV_STRENGTH, _TV_ITERATIONS = 0.01, 200
+#: Iterations of total variation, for ``PREVIEW``.
+_TV_ITERATIONS = 150
 
 
 class Tier(StrEnum):
@@ -254,16 +254,11 @@ class _Run:
         """Total variation from the filtered back-projection."""
         images, total = [], len(self.scan.sinogram)
         for part, told in self._parts():
-            strength = _TV_STRENGTH * self.projector.grid.pixel_mm * float(1.0 + told.relative_noise.mean())
 
             def show(share: float, first: int = part.start) -> None:
                 self.progress.update((first + share * _SLICES) / total, f"Reconstructing slice {first + 1} of {total}")
 
-            found = total_variation_reconstruction(
-                self.projector, told.sinograms, strength, told.start.clamp(min=0), _TV_ITERATIONS, told.weights,
-                progress=show,
-            )  # fmt: skip
-            images.append(found.cpu())
+            images.append(told.smooth(self.projector, _TV_ITERATIONS, show).cpu())
         return torch.cat(images)
 
     def _fast(self, progress: Progress) -> tuple[Tensor, Tensor]:
