@@ -1,14 +1,15 @@
 """Sparse-view reconstruction by an unrolled network: a learned image prior and the measurements take turns.
 
-It begins at the image of total variation, which costs no training. Each of a few iterations restores the image (``RestorationNet``, one for all iterations, told which one it is) and then
-brings it near to the sinogram by some steps of conjugate gradients on
+It begins at the image of total variation, which costs no training. Each of a few iterations restores the image
+(``RestorationNet``, one for all iterations, told which one it is) and then brings it near to the sinogram by some steps
+of conjugate gradients on
 
     |A x - y|^2 + rho |A|^2 |x - restored|^2,
 
 begun at the restored image, with a trained rho per iteration that the noise and the number of views may change. That is
 MoDL (Aggarwal et al., IEEE T-MI 38 (2019) 394) with the filtered back-projection beside the current image as in LEARN
-(Chen et al., T-MI 37 (2018) 1333). The net's second channel tells how far the answer may be off: the scale of a Laplace distribution
-of each pixel's error.
+(Chen et al., T-MI 37 (2018) 1333). The net's second channel tells how far the answer may be off: the scale of a Laplace
+distribution of each pixel's error.
 
 Images are in units of water (0 in air, 1 in water): where nothing is, nothing has to be learned.
 """
@@ -59,8 +60,8 @@ _REFERENCE_VIEWS = 16
 _REFERENCE_PIXEL_MM = 1.5
 #: Deviation of the noise in a line integral at which it begins to count.
 _REFERENCE_NOISE = 0.02
-#: Strength of total variation, of a pixel's edge, for rays without noise; iterations of the image to begin with. At 8 to
-#: 64 views of real chests .1 and .6 are worse; twice as many iterations gain another 7 to 11 %.
+#: Strength of total variation, of a pixel's edge, for rays without noise; iterations of the image to begin with. At 8
+#: to 64 views of real chests .1 and .6 are worse; twice as many iterations gain another 7 to 11 %.
 _TV_STRENGTH, _TV_ITERATIONS = 0.3, 60
 #: Smallest scale of the error, in units of water: 1 HU.
 _LEAST_SCALE = 1e-3

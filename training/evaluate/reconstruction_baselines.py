@@ -23,7 +23,7 @@ __all__ = ["BASELINES"]
 
 BASELINES = ("fbp", "fbp_ram_lak", "cg", "sirt", "tv")
 
-#: Of total variation; 600 change the RMSE by less than 1 HU at the strengths chosen (two slices, 16 and 32 views).
+#: Of total variation; at a strength of .3, 100 and 200 differ by .4 HU of 69 (one slice, 16 views).
 _TV_ITERATIONS = 300
 
 
@@ -71,7 +71,7 @@ def _sirt(setting: Setting) -> Reconstructor:
     return reconstruct
 
 
-@register("tv", "TV", strength=(0.003, 0.01, 0.03, 0.1))
+@register("tv", "TV", strength=(0.03, 0.1, 0.3, 1.0))
 def _tv(setting: Setting) -> Reconstructor:
     def reconstruct(sinogram: Tensor, projector: Projector, context: Context) -> Reconstructed:
         # In pixels, so that one value serves every field of view.
