@@ -468,8 +468,8 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
         ui, result = self.ui, self.case.isResult
         ui.runButton.text = _("Cancel") if running else _("Run")
         ui.runButton.enabled = running or bool(node and node.inputVolume)
-        asked = (ui.inputSelector, ui.taskComboBox, ui.sparseViewWidget, ui.lowDoseWidget, ui.superResolutionWidget)
-        for widget in asked:
+        pages = (ui.sparseViewWidget, ui.lowDoseWidget, ui.superResolutionWidget)
+        for widget in (ui.inputSelector, ui.taskComboBox, *pages, ui.slicesComboBox, ui.deviceComboBox):
             widget.enabled = not running
         ui.sideBySideButton.enabled = result
         ui.plotButton.enabled = result and case.chart is not None
@@ -537,6 +537,7 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
         self.ui.warningsText.html = _warnings(case.told) if case.isResult else ""
         self.ui.factsLabel.text = _facts(case.told) if case.isResult else ""
         self._showQuality()
+        self._showMap()
         self._updateButtons()
 
     def _showQuality(self) -> None:
@@ -574,15 +575,17 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
             self._showMap()
 
     def _showMap(self) -> None:
-        from LCTfoundSlicer.comparison_views import isShown, setOverlay
+        from LCTfoundSlicer.comparison_views import isShown, legendPixmap, setOverlay
 
-        case = self.case
+        case, choice = self.case, self.ui.mapComboBox.currentData
+        volume = {"difference": case.difference, "uncertainty": case.uncertainty}.get(choice)
+        self.ui.legendLabel.visible = volume is not None
+        if volume is not None:
+            self.ui.legendLabel.setPixmap(legendPixmap(volume))
         if case.isResult and isShown():
-            maps = {"difference": case.difference, "uncertainty": case.uncertainty}
-            volume = maps.get(self.ui.mapComboBox.currentData)
             setOverlay(volume, self.ui.opacitySlider.value / 100)
-            if volume is None and self.ui.mapComboBox.currentData == "uncertainty":
-                self.display.say(_("This method does not tell how sure it is."))
+        if case.isResult and volume is None and choice == "uncertainty":
+            self.display.say(_("This method does not tell how sure it is."))
 
     # -- taking along ----------------------------------------------------------------------------------------------
 

@@ -5,15 +5,27 @@ from __future__ import annotations
 from typing import Any
 from xml.sax.saxutils import escape
 
+import qt
 import slicer
 
 from LCTfoundSlicer.translation import tr as _
 
-__all__ = ["AFTER_VIEW", "BEFORE_VIEW", "currentPlace", "isShown", "setOverlay", "showSideBySide", "showVolumes"]
+__all__ = [
+    "AFTER_VIEW",
+    "BEFORE_VIEW",
+    "currentPlace",
+    "fit",
+    "isShown",
+    "legendPixmap",
+    "setOverlay",
+    "showSideBySide",
+    "showVolumes",
+]
 
 BEFORE_VIEW, AFTER_VIEW = "LCTfoundBefore", "LCTfoundAfter"
 #: Layouts of Slicer's own and of other extensions have other numbers.
 _ALONE, _WITH_PLOT = 5261, 5262
+_LEGEND_HEIGHT = 36
 
 _VIEW = """<item><view class="vtkMRMLSliceNode" singletontag="{name}">
  <property name="orientation" action="default">Axial</property>
@@ -26,8 +38,8 @@ _PLOT = '<item splitSize="300"><view class="vtkMRMLPlotViewNode" singletontag="L
 def _layouts() -> dict[int, str]:
     """Descriptions by number."""
     views = [
-        _VIEW.format(name=BEFORE_VIEW, label=escape(_("Before")), color="#D55E00"),
-        _VIEW.format(name=AFTER_VIEW, label=escape(_("After")), color="#0072B2"),
+        _VIEW.format(name=BEFORE_VIEW, label=escape(_("B")), color="#D55E00"),
+        _VIEW.format(name=AFTER_VIEW, label=escape(_("A")), color="#0072B2"),
     ]
     alone = f'<layout type="horizontal" split="true">{"".join(views)}</layout>'
     with_plot = f'<layout type="vertical" split="true"><item splitSize="700">{alone}</item>{_PLOT}</layout>'
@@ -63,12 +75,22 @@ def showSideBySide(before: Any, after: Any, chart: Any = None) -> None:
             view.SetPlotChartNodeID(chart.GetID())
     showVolumes(before, after)
     for name in (BEFORE_VIEW, AFTER_VIEW):
-        widget = manager.sliceWidget(name)
-        widget.fitSliceToBackground()
-        composite = widget.mrmlSliceCompositeNode()
+        composite = manager.sliceWidget(name).mrmlSliceCompositeNode()
         composite.SetLinkedControl(True)
         composite.SetHotLinkedControl(True)
     _goTo(place, after)
+    fit()
+
+
+def fit() -> None:
+    """Both images as large as their views allow, which get their size only now if they are new."""
+    manager = slicer.app.layoutManager()
+    slicer.app.processEvents(qt.QEventLoop.ExcludeUserInputEvents)
+    for name in (BEFORE_VIEW, AFTER_VIEW):
+        widget = manager.sliceWidget(name) if manager is not None else None
+        if widget is not None:
+            widget.sliceView().forceRender()
+            widget.fitSliceToBackground()
 
 
 def showVolumes(before: Any, after: Any) -> None:
@@ -92,6 +114,25 @@ def setOverlay(volume: Any, opacity: float) -> None:
     if composite is not None:
         composite.SetForegroundVolumeID(volume.GetID() if volume is not None else None)
         composite.SetForegroundOpacity(opacity)
+
+
+def legendPixmap(volume: Any, width: int = 260) -> Any:
+    """The colors of a map with their HU, for the panel; the views have Slicer's own color legend beside."""
+    display = volume.GetDisplayNode()
+    low, high = display.GetWindowLevelMin(), display.GetWindowLevelMax()
+    table = display.GetColorNode().GetLookupTable()
+    pixmap = qt.QPixmap(width, _LEGEND_HEIGHT)
+    pixmap.fill(qt.QColor(0, 0, 0, 0))
+    painter = qt.QPainter(pixmap)
+    for x in range(width):
+        red, green, blue, _alpha = table.GetTableValue(round(255 * x / (width - 1)))
+        painter.fillRect(x, 0, 1, _LEGEND_HEIGHT // 2, qt.QColor.fromRgbF(red, green, blue))
+    painter.setPen(qt.QPen(qt.QApplication.palette().windowText().color()))
+    for share, side in ((0.0, qt.Qt.AlignLeft), (0.5, qt.Qt.AlignHCenter), (1.0, qt.Qt.AlignRight)):
+        text = f"{low + share * (high - low):.0f} HU"
+        painter.drawText(qt.QRect(0, _LEGEND_HEIGHT // 2, width, _LEGEND_HEIGHT // 2), side, text)
+    painter.end()
+    return pixmap
 
 
 def currentPlace() -> list[float] | None:

@@ -254,6 +254,7 @@ class _Maker:
         display.SetAutoWindowLevel(False)
         display.SetWindowLevelMinMax(low, _MOST_HU)
         legend = slicer.modules.colors.logic().AddDefaultColorLegendDisplayNode(node)
+        legend.SetAndObserveColorNodeID(colors.GetID())
         legend.SetTitleText(title)
         legend.SetNumberOfLabels(5)
         legend.SetLabelFormat("%.0f")
@@ -283,31 +284,30 @@ def _curves(told: Mapping[str, Any]) -> tuple[dict[str, Sequence[float | None]],
 
 
 def _differenceColors() -> Any:
-    """Blue below, red above, see-through where there is no difference."""
-    steps = np.linspace(-1, 1, 256)
-    shares = np.abs(steps)
-    ends = np.where(steps[:, None] < 0, (0.0, 0.447, 0.898), (0.9, 0.25, 0.0))
-    return _colorTable("LCTfound difference", np.column_stack([ends, np.minimum(1.0, 1.6 * shares)]))
+    """Blue below, red above, black where there is no difference, as in the shell's report."""
+    return _colorTable(
+        "LCTfound difference", ((0.55, 0.8, 1.0), (0.0, 0.35, 0.9), (0, 0, 0), (0.9, 0.2, 0.0), (1, 0.8, 0.4))
+    )
 
 
 def _uncertaintyColors() -> Any:
-    """See-through where the result is sure, yellow to red where it is not."""
-    steps = np.linspace(0, 1, 256)
-    rgb = np.column_stack([np.ones(256), 0.95 - 0.8 * steps, 0.1 * (1 - steps)])
-    return _colorTable("LCTfound expected error", np.column_stack([rgb, np.minimum(1.0, 2 * steps)]))
+    """Black where the result is sure; dark red to bright yellow where it is not."""
+    return _colorTable("LCTfound expected error", ((0, 0, 0), (0.45, 0.1, 0.3), (0.85, 0.3, 0.1), (1.0, 0.95, 0.45)))
 
 
-def _colorTable(name: str, rgba: np.ndarray) -> Any:
-    """The scene's color table of that name; made where there is none."""
+def _colorTable(name: str, stops: Sequence[Sequence[float]]) -> Any:
+    """The scene's color table of that name; where there is none, a new one, even steps between colors (RGB, 0-1)."""
     table = slicer.mrmlScene.GetFirstNodeByName(name)
     if table is not None and table.IsA("vtkMRMLColorTableNode"):
         return table
     table = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLColorTableNode", name)
     table.SetTypeToUser()
-    table.SetNumberOfColors(len(rgba))
-    for index, (red, green, blue, alpha) in enumerate(rgba.tolist()):
-        table.SetColor(index, str(index), red, green, blue, alpha)
-    table.GetLookupTable().SetTableRange(0, len(rgba) - 1)
+    table.SetNumberOfColors(256)
+    places = np.linspace(0, 255, len(stops))
+    channels = [np.interp(np.arange(256), places, values) for values in np.transpose(stops)]
+    for index, (red, green, blue) in enumerate(np.transpose(channels).tolist()):
+        table.SetColor(index, str(index), red, green, blue, 1.0)
+    table.GetLookupTable().SetTableRange(0, 255)
     table.SetAttribute("Category", "LCTfound")
     return table
 
