@@ -21,7 +21,9 @@ from LCTfoundLib.physics.noise import SHARP, SOFT, Dose
 from LCTfoundLib.physics.projector import Projector
 from LCTfoundLib.physics.solvers import filtered_back_projection
 from LCTfoundLib.tasks.low_dose import COLD_WEIGHT, load_cold
+from LCTfoundLib.tasks.sparse_view import INTERVAL_FACTOR
 from training.curation.shards import ShardWriter
+from training.evaluate import low_dose_interval
 from training.evaluate.image_metrics import psnr, rmse
 from training.evaluate.low_dose import LowDoseScans, evaluate, scan_of, with_neighbors, write_report
 from training.evaluate.reconstruction_slices import ReconstructionSlice
@@ -255,3 +257,19 @@ def test_a_smoother_loses_the_contrast_that_the_table_tells(piece, scans, tmp_pa
     assert len(content["spectra"]) == 3 and content["lesions"][1]["recovery"] == pytest.approx(found["low-dose net"])
     assert len((tmp_path / "slices.csv").read_text().splitlines()) == 4
     assert Image.open(tmp_path / "sheet.png").size == (4 * 288, 2 * 288)
+
+
+def test_an_interval_is_made_wide_enough_on_slices_it_was_not_trained_on(shards, tmp_path, monkeypatch, piece, capsys):
+    trainer = trainer_of(shards, tmp_path / "run")
+    trainer.fit()
+    card = trainer.export(tmp_path, "1", {INTERVAL_FACTOR: 0.25})
+    monkeypatch.setattr(low_dose_interval, "read_slices", lambda *_: ([piece], ["LUNG1-001: not there"]))
+    monkeypatch.setattr(low_dose_interval, "_DOSES", (0.05, 0.25))
+    monkeypatch.setattr(low_dose_interval, "_VIEWS", 60)
+    low_dose_interval.main(["--weights", str(tmp_path), "--size", "64", "--out", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    coverage = found["inside the 90 % interval"].values()
+    assert len(coverage) == 4 and found["weight_sha256"] == card.sha256
+    assert np.mean([each["after"] for each in coverage]) == pytest.approx(0.9, abs=0.01)
+    assert np.mean([each["before"] for each in coverage]) < 0.85 and found[INTERVAL_FACTOR] > 0.25
+    assert "left out: LUNG1-001" in capsys.readouterr().out

@@ -20,7 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,8 @@ from LCTfoundLib.physics.image_quality import (
 )
 from LCTfoundLib.physics.noise import SHARP, SOFT, Dose, Kernel, measure
 from LCTfoundLib.runtime.files import output_errors
-from LCTfoundLib.tasks.low_dose import LowDoseRequest, reduce_noise
+from LCTfoundLib.tasks.low_dose import LowDoseRequest, LowDoseTier, load_cold, reduce_noise
 from LCTfoundLib.volume import Volume
-from LCTfoundLib.weights.registry import Card
 from training.evaluate.cases import DEFAULT_DATA, read_canonical
 from training.evaluate.image_metrics import METRICS, psnr, rmse, ssim, vif
 from training.evaluate.reconstruction_slices import ReconstructionSlice, SliceChoice, at_size, read_slices
@@ -64,6 +63,7 @@ __all__ = [
     "evaluate",
     "main",
     "scan_of",
+    "volume_of",
     "with_neighbors",
     "write_report",
 ]
@@ -471,16 +471,18 @@ def _plot(sheet: Image.Image, corner: tuple[int, int], rows: Mapping[str, SliceR
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
-def denoiser(weights: Path | None, strength: float, device: str) -> Denoiser:
-    """The task itself, on three slices at a time, with the noise told by them."""
-    network, card = load_low_dose(LOW_DOSE_WEIGHT, weights)
+def volume_of(images: np.ndarray, pixel_mm: float, gap_mm: float) -> Volume:
+    """Three slices as the task takes them."""
+    return Volume(images.astype(np.float32), (pixel_mm, pixel_mm, gap_mm or _NO_SPACING))
 
-    def loaded(folder: Path | None) -> tuple[Any, Card]:
-        return network, card
+
+def denoiser(weights: Path | None, strength: float, device: str, tier: LowDoseTier = LowDoseTier.FAST) -> Denoiser:
+    """The task itself, on three slices at a time, with the noise told by them."""
+    fast, best = cache(lambda folder: load_low_dose(LOW_DOSE_WEIGHT, folder)), cache(load_cold)
 
     def denoise(images: np.ndarray, pixel_mm: float, gap_mm: float) -> np.ndarray:
-        ct = Volume(images.astype(np.float32), (pixel_mm, pixel_mm, gap_mm))
-        result = reduce_noise(ct, LowDoseRequest(strength=strength, device=device), load_net=loaded)
+        request = LowDoseRequest(tier, strength, device=device, weights_folder=weights)
+        result = reduce_noise(volume_of(images, pixel_mm, gap_mm), request, load_net=fast, load_best=best)
         return result.ct.array[1].astype(np.float32)
 
     return denoise
@@ -495,6 +497,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kernel", choices=_KERNELS, default="soft")
     parser.add_argument("--size", type=int, default=256, help="pixels of a side")
     parser.add_argument("--strength", type=float, default=1.0)
+    parser.add_argument("--tier", type=LowDoseTier, choices=list(LowDoseTier), default=LowDoseTier.FAST)
     choices = [choice for choice in SliceChoice if choice is not SliceChoice.TUNING]
     parser.add_argument("--slices", type=SliceChoice, choices=choices, default=SliceChoice.TEST)
     parser.add_argument("--first", type=int, help="only so many slices, evenly chosen")
@@ -522,7 +525,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pieces = [(piece, *with_neighbors(piece, options.size, options.data)) for piece in found]
         dose = Dose(options.photons, options.dose, options.electronic_noise)
         scans = LowDoseScans(options.size, options.views, dose, _KERNELS[options.kernel], options.seed)
-        denoise = denoiser(options.weights, options.strength, options.device)
+        denoise = denoiser(options.weights, options.strength, options.device, options.tier)
         rows, lesions, shown = evaluate(scans, pieces, denoise, log=lambda line: print(line, flush=True))
         told = {
             "dose": f"{100 * options.dose:g} % of {options.photons:g} photons a ray",
@@ -531,6 +534,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "kernel": f"{options.kernel} ({scans.kernel.ramp.value}, cutoff {scans.kernel.cutoff:g})",
             "geometry": "parallel beam, channels as wide as pixels",
             "size": options.size,
+            "tier": options.tier.value,
             "strength": options.strength,
             "slices": f"{options.slices.value}, {sum(gap > 0 for *_, gap in pieces)} of {len(pieces)} with neighbors",
             "seed": options.seed,

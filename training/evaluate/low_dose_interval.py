@@ -1,0 +1,109 @@
+"""How much wider the low-dose net's interval has to be than the net says, so that it holds 90 % of the pixels.
+
+    python -m training.evaluate.low_dose_interval --weights runs/exported --out interval.json
+
+As ``reconstruction_interval`` finds it, on the frozen tuning slices, over doses and kernels. The reference is the
+noise-free reconstruction with the same kernel. The file goes into the weight's card
+(``training.restoration --export FOLDER --numbers FILE``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from LCTfoundLib.errors import LCTfoundError
+from LCTfoundLib.networks.low_dose import LOW_DOSE_WEIGHT, load_low_dose
+from LCTfoundLib.physics.noise import SHARP, SOFT, Dose
+from LCTfoundLib.runtime.files import atomic_path, output_errors
+from LCTfoundLib.tasks.low_dose import LowDoseRequest, reduce_noise
+from LCTfoundLib.tasks.sparse_view import INTERVAL_FACTOR
+from training.evaluate.cases import DEFAULT_DATA
+from training.evaluate.low_dose import LowDoseScans, Scan, scan_of, volume_of, with_neighbors
+from training.evaluate.reconstruction_interval import calibrated, table
+from training.evaluate.reconstruction_slices import SliceChoice, read_slices
+
+__all__ = ["main", "shortfalls"]
+
+#: Shares of the full dose.
+_DOSES = (0.02, 0.05, 0.1, 0.25, 0.5)
+_KERNELS = {"soft": SOFT, "sharp": SHARP}
+_VIEWS = 360
+
+
+def shortfalls(scans: Sequence[Scan], weights: Path | None) -> np.ndarray:
+    """Errors of the bodies' pixels as shares of half of the interval's width, float32; above 1 lies outside."""
+    found = []
+    for scan in scans:
+        result = reduce_noise(
+            volume_of(scan.noisy, scan.piece.pixel_mm, scan.spacing_mm), LowDoseRequest(weights_folder=weights)
+        )
+        assert result.interval_hu is not None
+        error = np.abs(result.ct.array[1] - scan.reference)
+        found.append((error / result.interval_hu[1])[scan.piece.body])
+    return np.concatenate(found).astype(np.float32)
+
+
+def _run(options: argparse.Namespace, log: Callable[[str], None]) -> dict[str, Any]:
+    card = load_low_dose(LOW_DOSE_WEIGHT, options.weights)[1]
+    before = float(card.numbers.get(INTERVAL_FACTOR, 1.0))
+    slices, missing = read_slices(SliceChoice.TUNING, options.size, options.data)
+    for reason in missing:
+        log(f"left out: {reason}")
+    if not slices:
+        raise LCTfoundError(f"There is no slice to work on ({'; '.join(missing)}).")
+    pieces = [(piece, *with_neighbors(piece, options.size, options.data)) for piece in slices]
+    ratios: dict[str, np.ndarray] = {}
+    for kernel in _KERNELS:
+        for share in _DOSES:
+            scanner = LowDoseScans(options.size, _VIEWS, Dose(1e5, share, 10.0), _KERNELS[kernel], options.seed)
+            name = f"{options.size} pixels, {100 * share:g} % of 1e5 photons, {kernel} kernel"
+            ratios[name] = shortfalls([scan_of(scanner, *each) for each in pieces], options.weights)
+            log(f"{name}: {100 * (ratios[name] <= 1).mean():.1f} % inside")
+    factor = calibrated(ratios)
+    coverage = {
+        name: {"before": round(float((each <= 1).mean()), 4), "after": round(float((each <= factor).mean()), 4)}
+        for name, each in ratios.items()
+    }
+    return {
+        INTERVAL_FACTOR: round(before * factor, 4),
+        "inside the 90 % interval": coverage,
+        "interval found on": sorted(piece.name for piece in slices),
+        "weight_sha256": card.sha256,
+    }
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Find the factor of the low-dose net's interval.")
+    parser.add_argument("--weights", type=Path, help="folder of the weight; the usual places otherwise")
+    parser.add_argument("--size", type=int, default=256, help="pixels of a side")
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA, help="folder of the real data")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument("--out", type=Path, default=Path("output/low_dose_interval.json"))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    # What the task warns its users of, at every slice.
+    logging.getLogger("LCTfoundLib").setLevel(logging.ERROR)
+    try:
+        found = _run(options, lambda line: print(line, flush=True))
+        with output_errors(options.out.parent):
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(options.out) as temporary:
+                temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    except LCTfoundError as error:
+        raise SystemExit(str(error)) from error
+    print(table(found["inside the 90 % interval"]))
+    print(f"factor {found[INTERVAL_FACTOR]}; written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
