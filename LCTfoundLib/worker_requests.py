@@ -45,7 +45,11 @@ class Fields:
 
     def decimal(self, name: str) -> float | None:
         """A finite number; None where it is missing."""
-        return self.numbers_of([self.values[name]], name, 1)[0] if self.has(name) else None
+        if not self.has(name):
+            return None
+        if not _all_finite([self.values[name]]):
+            raise BadRequest(f"'{name}' must be a finite number.")
+        return float(self.values[name])
 
     def flag(self, name: str) -> bool:
         """Yes or no; no where it is missing."""
@@ -63,7 +67,10 @@ class Fields:
         return self._get(name, list, "a list", [])
 
     def numbers(self, name: str, count: int) -> list[float]:
-        return self.numbers_of(self.items(name), name, count)
+        values = self.items(name)
+        if len(values) != count or not _all_finite(values):
+            raise BadRequest(f"'{name}' must be {count} finite numbers.")
+        return [float(value) for value in values]
 
     def texts(self, name: str) -> list[str]:
         """A list of texts; empty where it is missing."""
@@ -71,13 +78,6 @@ class Fields:
         if not all(isinstance(value, str) for value in values):
             raise BadRequest(f"'{name}' must hold texts.")
         return values
-
-    @staticmethod
-    def numbers_of(values: list[Any], name: str, count: int) -> list[float]:
-        plain = all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
-        if len(values) != count or not plain:
-            raise BadRequest(f"'{name}' must be {count} finite numbers.")
-        return [float(value) for value in values]
 
     def path(self, name: str) -> Path:
         """An absolute path: the worker's own folder means nothing to who asks."""
@@ -106,6 +106,10 @@ class Fields:
         if not isinstance(value, kind) or isinstance(value, bool):
             raise BadRequest(f"'{name}' must be {what}.")
         return value
+
+
+def _all_finite(values: list[Any]) -> bool:
+    return all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
 
 
 def ct_of(fields: Fields, progress: Progress) -> Volume:

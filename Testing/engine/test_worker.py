@@ -19,6 +19,7 @@ import pytest
 
 from LCTfoundLib import __version__, worker
 from LCTfoundLib.anatomy.structures import LOBE_OF_SEGMENT, STRUCTURES, segment_by_code, segments_of_lobe
+from LCTfoundLib.reconstruction_case import SliceChoice
 from LCTfoundLib.tasks.state import load_state
 from LCTfoundLib.volume import Volume
 
@@ -246,6 +247,12 @@ class TestBadRequests:
             ("relabel", {"output": "{scratch}/a", "changes": [{"tree": "bone"}]}, "no tree 'bone'"),
             ("relabel", {"output": "{scratch}/a", "changes": [{"tree": "airway", "branch": 1.5}]}, "a whole number"),
             ("relabel", {"output": "{scratch}/a", "lobes": [6]}, "codes from 1 to 5"),
+            ("sparse_view", {"output": "{scratch}/a", "options": {"tier": "worst"}}, "no tier 'worst'"),
+            ("sparse_view", {"output": "{scratch}/a", "source_dicom": [5]}, "'source_dicom' must hold texts"),
+            ("sparse_view", {"output": "/elsewhere/result"}, "lies outside of the session's folder"),
+            ("low_dose", {"output": "{scratch}/a", "options": {"strength": "much"}}, "'strength' must be a finite"),
+            ("super_resolution", {"output": "{scratch}/a", "options": {"simulate": 1}}, "must be true or false"),
+            ("export_series", {"folder": "{scratch}/a", "marks": {"title": 5}}, "'title' must be a text"),
             ("export", {"folder": "relative"}, "'folder' must be an absolute path"),
             ("export", {"folder": "{scratch}/a", "options": {"formats": ["docx"]}}, "no format 'docx'"),
             ("export", {"folder": "{scratch}/a", "options": {"polygons": 5}}, "no export option 'polygons'"),
@@ -683,3 +690,17 @@ class TestExport:
         assert not any("right_s01" in name for name in files)
         manifest = json.loads((tmp_path / "export" / "manifest.json").read_text(encoding="utf-8"))
         assert manifest["case"] == "Phantom"
+
+
+class TestSlicesAroundAPlace:
+    def test_they_lie_around_it_as_far_as_there_are_slices(self, rng: np.random.Generator) -> None:
+        """Also for a place outside, and in whole groups where slices are put together to thick ones."""
+        ct = Volume(np.zeros((23, 4, 4), np.int16), (2.0, 2.0, 3.0), (5.0, -7.0, 100.0))
+        for _ in range(50):
+            height, count, group = rng.uniform(60, 210), int(rng.integers(1, 30)), int(rng.integers(1, 6))
+            chosen = SliceChoice.around(ct, (0.0, 0.0, height), count, group).of(23)
+            assert len(chosen) % group == 0
+            assert len(chosen) == min(-(-count // group) * group, 23 - 23 % group)
+            assert 0 <= chosen.start and chosen.stop <= 23
+            slice_at = min(max(round((height - 100.0) / 3.0), 0), 22)
+            assert slice_at in chosen
