@@ -4,6 +4,9 @@ The pair's target is the noise-free reconstruction with the same kernel, not a s
 noisy target learns its mean all the same, only slower, and the kernel's blur is the user's choice and no noise. That
 the logarithm of few counts is off on average (streaks between the shoulders) is in the input and not in the target, so
 that it is learned too.
+
+Real slices show few lesions, and a net that has seen none takes a faint one for noise. So most samples have some put in
+before the scan: balls of any size and contrast, in all tissues.
 """
 
 from __future__ import annotations
@@ -31,16 +34,22 @@ from LCTfoundLib.physics.solvers import RampFilter
 from training.restoration import ImageSampler
 from training.shard_stream import Augmentation, Mixture
 
-__all__ = ["AIR", "LowDoseScanner", "LowDoseTask", "Pair", "slice_psnr"]
+__all__ = ["AIR", "LowDoseScanner", "LowDoseTask", "Pair", "add_lesions", "slice_psnr"]
 
 #: What scanners cut their images at, -1024 HU, in units of water.
 AIR = -0.024
 #: Denser pixels are soft tissue and bone, in units of water.
 _TISSUE = 0.8
+#: Less is air around or in the body, in units of water.
+_LUNG_AT_LEAST = 0.05
 #: How far off the told noise and its fineness are in training (relative, absolute): a volume tells one for all slices.
 _NOISE_OFF, _FINENESS_OFF = 0.15, 0.03
 #: Share of the samples without neighbors: the slice itself stands in, noise and all, as at a volume's ends.
 _ALONE = 0.1
+#: Lesions of a sample that has some, at most; their radius (mm) and contrast (HU) in soft tissue and in lung.
+_LESIONS, _RADIUS_MM, _TISSUE_HU, _LUNG_HU = 8, (1.5, 12.0), (10.0, 80.0), (60.0, 400.0)
+#: Spacing of the slices that lesions reach through, mm; width of their edges.
+_SLICE_MM, _EDGE_MM = 2.5, 1.0
 #: Weight of the scale's likelihood: the trunk belongs to the image.
 _SCALE_WEIGHT = 0.01
 #: Error below which the loss is square, in units of water: 5 HU.
@@ -168,6 +177,7 @@ class LowDoseTask:
         self.seed, self.size, self.batch = int(config.get("seed", 0)), int(data["size"]), config["optimizer"]["batch"]
         self.dose = Dose(float(data["photons"]), electronic_noise=float(data["electronic_noise"]))
         self.fractions, self.field_mm = tuple(data["fractions"]), tuple(data["field_mm"])
+        self.lesions = float(data.get("lesions", 0.0))
         self.scanner = LowDoseScanner(self.size, int(data["views"]))
         augmentation = Augmentation(self.size, self.size)
         self._train = ImageSampler(mixture, augmentation, self.seed, neighbors=1)
@@ -184,7 +194,7 @@ class LowDoseTask:
     def pair_of(self, step: int) -> Pair:
         """Of a step of the training."""
         numbers = range(step * self.batch, (step + 1) * self.batch)
-        return self._pair(self._train, numbers, [self._draw(number) for number in numbers])
+        return self._pair(self._train, numbers, [self._draw(number) for number in numbers], self.lesions)
 
     def scored_pair(self) -> Pair:
         """Held-out chests at 5 % of the dose, soft kernel."""
@@ -235,9 +245,13 @@ class LowDoseTask:
             float(rng.normal(0, _FINENESS_OFF)),
         )
 
-    def _pair(self, sampler: ImageSampler, numbers: range, draws: Sequence[_Draw]) -> Pair:
+    def _pair(self, sampler: ImageSampler, numbers: range, draws: Sequence[_Draw], lesions: float = 0.0) -> Pair:
         device = next(self.network.parameters()).device
         triples = torch.stack([sampler(number) for number in numbers]).to(device) / 1000 + 1
+        for triple, draw, number in zip(triples, draws, numbers, strict=True):
+            rng = np.random.default_rng([self.seed, number, 6])
+            if rng.random() < lesions:
+                add_lesions(triple, draw.pixel_mm, rng)
         pixel_mm = triples.new_tensor([draw.pixel_mm for draw in draws])[:, None, None, None]
         clean = self.scanner.rays(triples, pixel_mm)
         noisy = torch.stack([self._measured(*each) for each in zip(clean, draws, numbers, strict=True)])
@@ -256,6 +270,33 @@ class LowDoseTask:
     def _measured(self, clean: Tensor, draw: _Draw, number: int) -> Tensor:
         generator = torch.Generator(clean.device).manual_seed(self.seed * 1_000_003 + number)
         return measure(clean, draw.dose, generator, tube_current(clean, draw.current))
+
+
+def add_lesions(triple: Tensor, pixel_mm: float, rng: np.random.Generator) -> None:
+    """Put balls of random size and contrast into the body of three neighboring slices, in place.
+
+    Args:
+        triple: (3, S, S), units of water.
+        pixel_mm: side of a pixel.
+        rng: what is random about them.
+    """
+    rows, columns = torch.nonzero(triple[1] > _LUNG_AT_LEAST, as_tuple=True)
+    if not len(rows):
+        return
+    axis = torch.arange(triple.shape[-1], device=triple.device) * pixel_mm
+    heights = torch.tensor([-_SLICE_MM, 0.0, _SLICE_MM], device=triple.device)[:, None, None]
+    for _ in range(int(rng.integers(1, _LESIONS + 1))):
+        place = int(rng.integers(len(rows)))
+        row, column = int(rows[place]), int(columns[place])
+        radius = float(np.exp(rng.uniform(*np.log(_RADIUS_MM))))
+        in_lung = bool(triple[1, row, column] < _TISSUE)
+        contrast = float(np.exp(rng.uniform(*np.log(_LUNG_HU if in_lung else _TISSUE_HU)))) / 1000
+        if not in_lung and rng.random() < 0.5:
+            contrast = -contrast
+        height = heights - float(rng.uniform(-radius, radius)) / 2
+        away = (height**2 + (axis[:, None] - axis[row]) ** 2 + (axis - axis[column]) ** 2).sqrt()
+        triple += contrast * torch.sigmoid((radius - away) * 4 / _EDGE_MM) * (triple > _LUNG_AT_LEAST)
+    triple.clamp_(min=0.0)
 
 
 def _told_noise(noisy: Tensor, clean: Tensor, draw: _Draw) -> float:

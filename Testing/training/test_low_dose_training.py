@@ -27,7 +27,7 @@ from training.evaluate import low_dose_interval
 from training.evaluate.image_metrics import psnr, rmse
 from training.evaluate.low_dose import LowDoseScans, evaluate, scan_of, with_neighbors, write_report
 from training.evaluate.reconstruction_slices import ReconstructionSlice
-from training.low_dose import AIR, LowDoseScanner, _Draw
+from training.low_dose import AIR, LowDoseScanner, _Draw, add_lesions
 from training.restoration import Trainer, task_of
 from training.shard_stream import Mixture, Source
 
@@ -273,3 +273,21 @@ def test_an_interval_is_made_wide_enough_on_slices_it_was_not_trained_on(shards,
     assert np.mean([each["after"] for each in coverage]) == pytest.approx(0.9, abs=0.01)
     assert np.mean([each["before"] for each in coverage]) < 0.85 and found[INTERVAL_FACTOR] > 0.25
     assert "left out: LUNG1-001" in capsys.readouterr().out
+
+
+def test_inserted_lesions_lie_in_the_body_and_reach_through_the_slices(rng):
+    """Their contrast and place vary; air stays air, and nothing falls below it."""
+    distance = np.hypot(*np.mgrid[-30:30, -30:30])
+    plane = np.where(distance < 25, 1.0, 0.0)
+    plane[distance < 10] = 0.2
+    before = torch.from_numpy(np.stack([plane] * 3)).float()
+    changed = []
+    for _ in range(20):
+        triple = before.clone()
+        add_lesions(triple, 2.0, rng)
+        change = triple - before
+        assert triple.min() >= 0 and not change[before < 0.05].any()
+        changed.append([float(part.abs().sum()) for part in change])
+    changed = np.array(changed)
+    assert (changed[:, 1] > 0).all() and np.corrcoef(changed[:, 0], changed[:, 1])[0, 1] > 0.7
+    assert changed[:, 1].std() > 0.3 * changed[:, 1].mean()
