@@ -78,8 +78,8 @@ def showSideBySide(before: Any, after: Any, chart: Any = None) -> None:
         composite = manager.sliceWidget(name).mrmlSliceCompositeNode()
         composite.SetLinkedControl(True)
         composite.SetHotLinkedControl(True)
+    fit()  # which also goes to the middle of the volume
     _goTo(place, after)
-    fit()
 
 
 def fit() -> None:

@@ -175,6 +175,34 @@ def test_slices_become_thin_and_a_moved_ct_keeps_its_place(panel, chest) -> None
     assert "thin slices" in result.GetName() and case.told["provenance"]["factor"] == 2
 
 
+def test_two_linked_views_show_both_at_the_place_that_was_looked_at(host, panel, chest) -> None:
+    """With a window: left what there was, right the result with a map over it; the user's own views stay."""
+    host.open_window()
+    panel.ui.mapComboBox.setCurrentIndex(panel.ui.mapComboBox.findData("none"))
+    try:
+        slicer.util.setSliceViewerLayers(background=chest, fit=True)
+        red = host.layoutManager.sliceWidget("Red").mrmlSliceNode()
+        red.SetSliceOffset(39.0)
+        panel._parameterNode.tier = "preview"
+        panel._parameterNode.sliceCount = 3
+        case = _run(panel)
+        widgets = [host.layoutManager.sliceWidget(f"LCTfound{name}") for name in ("Before", "After")]
+        left, right = (widget.mrmlSliceCompositeNode() for widget in widgets)
+        assert left.GetBackgroundVolumeID() == case.before.GetID()
+        assert right.GetBackgroundVolumeID() == case.node.GetID() and right.GetForegroundVolumeID() is None
+        assert left.GetLinkedControl() and right.GetLinkedControl()
+        offsets = [widget.mrmlSliceNode().GetSliceOffset() for widget in widgets]
+        np.testing.assert_allclose(offsets, 39.0, atol=3.1)
+        panel.ui.mapComboBox.setCurrentIndex(panel.ui.mapComboBox.findData("difference"))
+        panel.ui.leftComboBox.setCurrentIndex(panel.ui.leftComboBox.findData("ct"))
+        assert right.GetForegroundVolumeID() == case.difference.GetID()
+        assert left.GetBackgroundVolumeID() == chest.GetID()
+        red_layers = host.layoutManager.sliceWidget("Red").mrmlSliceCompositeNode()
+        assert red_layers.GetBackgroundVolumeID() == chest.GetID() and red.GetSliceOffset() == 39.0
+    finally:
+        host.close_window()
+
+
 def test_what_is_missing_is_told_with_its_remedy(panel, chest) -> None:
     """Weights that are not there, slices that cannot be had: one sentence, and nothing new in the scene."""
     from LCTfoundSlicer.run import RunFailed
