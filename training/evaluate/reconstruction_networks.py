@@ -24,6 +24,7 @@ from LCTfoundLib.physics.projection_files import Projections
 from LCTfoundLib.physics.projector import Projector
 from LCTfoundLib.physics.solvers import conjugate_gradient
 from LCTfoundLib.runtime.device import DeviceChoice, choose_device
+from LCTfoundLib.runtime.progress import Progress
 from LCTfoundLib.tasks.slice_predictor import SlicePredictor
 from LCTfoundLib.tasks.sparse_view import SparseViewRequest, Tier, reconstruct_sparse_view
 from LCTfoundLib.weights.registry import list_weights, search_folders
@@ -79,7 +80,12 @@ def _tier(setting: Setting, tier: Tier) -> Reconstructor:
         request = SparseViewRequest(tier, seed=context.seed, device=str(setting.device))
         scan = _scan(sinogram, projector, setting)
         found = reconstruct_sparse_view(
-            scan, projector.grid, request, load_net=lambda folder: net, load_backbone=lambda folder: model
+            scan,
+            projector.grid,
+            request,
+            Progress(warn=lambda text: None),  # the same few lines for every slice
+            load_net=lambda folder: net,
+            load_backbone=lambda folder: model,
         )
         interval = None if found.interval_hu is None else torch.from_numpy(found.interval_hu)
         return Reconstructed(torch.from_numpy(found.hu), found.evaluations, interval)
