@@ -285,6 +285,7 @@ def _add_low_dose(tasks: Any) -> None:
     parser = _reconstruction(tasks, "low-dose", _low_dose, text, "DICOM folder, NIfTI, NRRD or MHA file")
     parser.add_argument("--tier", choices=["fast", "best"], default="fast", help="default: %(default)s")
     parser.add_argument("--strength", type=float, default=1.0, help="0 changes nothing, 1 most (default: %(default)s)")
+    parser.add_argument("--kept-mm", type=float, help="leave what is coarser (default: 5); 0 takes noise of any size")
     parser.add_argument("--noise-hu", type=float, help="standard deviation in soft tissue (default: told by the CT)")
     parser.add_argument("--dose", type=float, help="share of the full dose, if that is known instead")
     parser.add_argument("--simulate", type=float, metavar="DOSE", help="add a dose's noise first, and compare")
@@ -453,11 +454,12 @@ def _sparse_view(arguments: argparse.Namespace, console: Console, engine: Engine
 
 def _low_dose(arguments: argparse.Namespace, console: Console, engine: Engine | None) -> int:
     from LCTfoundLib.reconstruction_case import LowDoseOptions, SliceChoice, low_dose_case
-    from LCTfoundLib.tasks.low_dose import LowDoseRequest, LowDoseTier
+    from LCTfoundLib.tasks.low_dose import KEPT_MM, LowDoseRequest, LowDoseTier
 
     request = LowDoseRequest(
         tier=LowDoseTier(arguments.tier),
         strength=arguments.strength,
+        kept_mm=KEPT_MM if arguments.kept_mm is None else arguments.kept_mm,
         sigma_hu=arguments.noise_hu,
         dose=arguments.dose,
         device=arguments.device,

@@ -595,6 +595,7 @@ def _noise_plots(result: LowDoseResult) -> list[Picture]:
 
 def _noise_facts(result: LowDoseResult, options: LowDoseOptions) -> dict[str, str]:
     facts = {"tier": options.request.tier.value, "strength": f"{options.request.strength:g}"}
+    facts["left as it was"] = f"what is coarser than {options.request.kept_mm:g} mm" if options.request.kept_mm else "-"
     facts["noise told to the net"] = f"{result.sigma_hu:.0f} HU"
     if result.noise is not None:
         facts["noise before, after"] = f"{result.noise.sigma_before_hu:.0f}, {result.noise.sigma_after_hu:.0f} HU"

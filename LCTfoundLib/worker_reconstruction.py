@@ -43,7 +43,7 @@ from LCTfoundLib.reconstruction_case import (
 )
 from LCTfoundLib.runtime.files import atomic_folder
 from LCTfoundLib.runtime.progress import Progress
-from LCTfoundLib.tasks.low_dose import LowDoseRequest, LowDoseTier
+from LCTfoundLib.tasks.low_dose import KEPT_MM, LowDoseRequest, LowDoseTier
 from LCTfoundLib.tasks.sparse_view import SparseViewRequest, Tier
 from LCTfoundLib.tasks.super_resolution import FACTORS, Direction, Method, SuperResolutionRequest
 from LCTfoundLib.volume import Volume
@@ -77,13 +77,14 @@ def _sparse_view(fields: Fields, progress: Progress) -> dict[str, Any]:
 
 
 def _low_dose(fields: Fields, progress: Progress) -> dict[str, Any]:
-    """``options``: strength (0-1), tier, simulate (share of the full dose), seed, device, weights_folder."""
+    """``options``: strength (0-1), kept_mm, tier, simulate (share of the full dose), seed, device, weights_folder."""
     asked = fields.group("options")
-    strength = asked.decimal("strength")
+    strength, kept = asked.decimal("strength"), asked.decimal("kept_mm")
     options = LowDoseOptions(
         LowDoseRequest(
             _choice(asked, "tier", LowDoseTier, LowDoseTier.FAST),
             1.0 if strength is None else strength,
+            KEPT_MM if kept is None else kept,
             device=asked.text("device", "auto"),
             weights_folder=_weights(asked),
         ),

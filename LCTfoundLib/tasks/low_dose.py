@@ -4,7 +4,8 @@ Two tiers. *Fast*: one step of the low-dose net, which also tells the error it e
 diffusion by an adapter of the backbone, where its weight is installed.
 
 A smooth image looks good and may have lost what it was taken for. So the result holds the noise power spectra before
-and after, and of what was taken away, and the strength lets a reader go back to the image as it was measured.
+and after, and of what was taken away; the strength lets a reader go back to the image as it was measured; and what is
+not fine is left as it was measured from the first.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -47,6 +49,7 @@ from LCTfoundLib.weights.registry import Card, list_weights, search_folders
 
 __all__ = [
     "COLD_WEIGHT",
+    "KEPT_MM",
     "LowDoseRequest",
     "LowDoseResult",
     "LowDoseTier",
@@ -59,6 +62,10 @@ __all__ = [
 COLD_WEIGHT = "low_dose_cold"
 #: Slices at a time, and slices that the noise is told by.
 _SLICES, _LOOKED_AT = 4, 12
+#: Of ``LowDoseRequest.kept_mm``: at 5 % of 1e5 photons lesions of 8 mm keep twice as much contrast as with 0.
+KEPT_MM, _KEPT_AT_MOST_MM = 5.0, 50.0
+#: Standard deviations in the width at half height.
+_DEVIATIONS = 2 * math.sqrt(2 * math.log(2))
 #: Half of the interval of a Laplace distribution that holds 90 %, in scales.
 _NINETY = math.log(10)
 #: Image sides that the backbone takes are multiples of this.
@@ -91,6 +98,8 @@ class LowDoseRequest:
     Attributes:
         tier: see ``LowDoseTier``.
         strength: 0 leaves the CT as it is, 1 takes away all that the net takes for noise; in between a share of it.
+        kept_mm: only what is finer than this is taken away: a net takes faint lesions for noise, whose power lies in
+            the fine. Width of a Gaussian at half of its height; 0 takes away noise of any size.
         sigma_hu: standard deviation of the noise in soft tissue, if it is known; None tells it by the CT.
         dose: share of the full dose, if that is known instead.
         curve: noise by dose of this scanner's protocol; None takes ``standard_curve``.
@@ -104,6 +113,7 @@ class LowDoseRequest:
 
     tier: LowDoseTier = LowDoseTier.FAST
     strength: float = 1.0
+    kept_mm: float = KEPT_MM
     sigma_hu: float | None = None
     dose: float | None = None
     curve: NoiseCurve | None = None
@@ -114,6 +124,11 @@ class LowDoseRequest:
     def __post_init__(self) -> None:
         if not 0 <= self.strength <= 1:
             raise LCTfoundError(f"A strength of {self.strength} is none; take 0 (unchanged) to 1 (all noise removed).")
+        if not 0 <= self.kept_mm <= _KEPT_AT_MOST_MM:
+            raise LCTfoundError(
+                f"Structures from {self.kept_mm} mm on cannot be kept; take 0 (any noise is removed) to "
+                f"{_KEPT_AT_MOST_MM:g} mm."
+            )
         if self.sigma_hu is not None and self.dose is not None:
             raise LCTfoundError("Noise and dose are both given, and one follows from the other; give one of them.")
         if self.sigma_hu is not None and not (math.isfinite(self.sigma_hu) and self.sigma_hu > 0):
@@ -430,14 +445,22 @@ class _Run:
             around = np.clip(part[:, None] + np.arange(-1, 2), 0, count - 1)
             hu = torch.from_numpy(ct.array[around].astype(np.float32)).clamp(min=AIR)
             correction, interval = restore(hu)
+            taken = strength * self._fine(correction, ct.spacing[0])
             # Padding below the lowest HU is no image, and stays what it is.
             measured = ct.array[part].astype(np.float32)
-            blended = np.where(measured < AIR, measured, measured + strength * correction.numpy())
+            blended = np.where(measured < AIR, measured, measured + taken.numpy())
             images[part] = np.rint(blended) if whole else blended
             if intervals is not None and interval is not None:
                 # What is left of the noise on purpose is known, pixel by pixel, and widens the interval.
-                intervals[part] = (interval + (1 - strength) * correction.abs()).numpy()
+                intervals[part] = (interval + (correction - taken).abs()).numpy()
         return images, intervals
+
+    def _fine(self, correction: Tensor, pixel_mm: float) -> Tensor:
+        """What of it is finer than what is kept."""
+        sigma = self.request.kept_mm / _DEVIATIONS / pixel_mm
+        if not sigma:
+            return correction
+        return correction - torch.from_numpy(ndimage.gaussian_filter(correction.numpy(), (0, sigma, sigma)))
 
     def _fast(self) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
         network, card = self._load_net(self.request.weights_folder)
@@ -508,6 +531,7 @@ def _provenance(request: LowDoseRequest, run: _Run, known: _Known) -> dict[str, 
         "task": "noise reduction of low-dose CT",
         "tier": request.tier.value,
         "strength": request.strength,
+        "kept from, mm": request.kept_mm,
         "noise": {
             "told to the net, HU": round(known.sigma_hu, 2),
             "known": request.sigma_hu is not None or request.dose is not None,

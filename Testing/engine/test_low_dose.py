@@ -88,7 +88,8 @@ class Blur(LowDoseNet):
 
 
 def run(ct: Volume, network: LowDoseNet | None = None, factor: float = 1.0, **options):
-    request = LowDoseRequest(**({"device": "cpu", "precision": "fp32"} | options))
+    """With noise of any size removed, unless the options say otherwise."""
+    request = LowDoseRequest(**({"device": "cpu", "precision": "fp32", "kept_mm": 0.0} | options))
     return reduce_noise(ct, request, load_net=lambda folder: (network or Blur(), a_card(**{INTERVAL_FACTOR: factor})))
 
 
@@ -156,6 +157,18 @@ class TestFast:
         # What is left of the noise on purpose is part of the error.
         moved = np.abs(all_of_it.ct.array - ct.array)
         np.testing.assert_allclose(none.interval_hu[:, 1:], (all_of_it.interval_hu + moved)[:, 1:], atol=0.05)
+
+    def test_only_what_is_fine_is_taken_away(self, ct, rng):
+        """What is left beside the answer is the Gaussian of what it would have taken, and widens the interval."""
+        width = float(rng.uniform(4, 9))
+        ct = ct.with_array(np.maximum(ct.array.astype(np.float32), -1000))
+        all_sizes, fine = run(ct), run(ct, kept_mm=width)
+        taken = all_sizes.ct.array - ct.array
+        deviation = width / (2 * np.sqrt(2 * np.log(2))) / ct.spacing[0]
+        coarse = ndimage.gaussian_filter(taken, (0, deviation, deviation))
+        np.testing.assert_allclose(fine.ct.array, all_sizes.ct.array - coarse, atol=0.01)
+        np.testing.assert_allclose(fine.interval_hu, all_sizes.interval_hu + np.abs(coarse), atol=0.01)
+        assert fine.provenance["kept from, mm"] == width
 
     def test_the_interval_is_the_scale_times_the_cards_factor(self, ct):
         one, two = (run(ct, factor=factor) for factor in (1.0, 1.6))
@@ -254,7 +267,7 @@ class TestBest:
         return LoadedAdapter(adapter.eval())
 
     def best(self, ct: Volume, loaded: tuple[FoundationModel, LoadedAdapter], **options):
-        request = LowDoseRequest(LowDoseTier.BEST, device="cpu", precision="fp32", **options)
+        request = LowDoseRequest(LowDoseTier.BEST, kept_mm=0.0, device="cpu", precision="fp32", **options)
         return reduce_noise(ct, request, load_best=lambda folder: loaded)
 
     def test_it_is_the_adapters_answer_in_hu(self, ct, model):
@@ -287,6 +300,7 @@ class TestRefused:
         [
             ({"strength": 1.2}, "strength"),
             ({"strength": float("nan")}, "strength"),
+            ({"kept_mm": -1.0}, "Structures from -1.0 mm"),
             ({"sigma_hu": 0.0}, "above 0"),
             ({"dose": 5.0}, "share of the full dose"),
             ({"sigma_hu": 20.0, "dose": 0.1}, "give one of them"),

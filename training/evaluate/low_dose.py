@@ -46,7 +46,7 @@ from LCTfoundLib.physics.image_quality import (
 )
 from LCTfoundLib.physics.noise import SHARP, SOFT, Dose, Kernel, measure
 from LCTfoundLib.runtime.files import output_errors
-from LCTfoundLib.tasks.low_dose import LowDoseRequest, LowDoseTier, load_cold, reduce_noise
+from LCTfoundLib.tasks.low_dose import KEPT_MM, LowDoseRequest, LowDoseTier, load_cold, reduce_noise
 from LCTfoundLib.volume import Volume
 from training.evaluate.cases import DEFAULT_DATA, read_canonical
 from training.evaluate.image_metrics import METRICS, psnr, rmse, ssim, vif
@@ -476,12 +476,14 @@ def volume_of(images: np.ndarray, pixel_mm: float, gap_mm: float) -> Volume:
     return Volume(images.astype(np.float32), (pixel_mm, pixel_mm, gap_mm or _NO_SPACING))
 
 
-def denoiser(weights: Path | None, strength: float, device: str, tier: LowDoseTier = LowDoseTier.FAST) -> Denoiser:
+def denoiser(
+    weights: Path | None, strength: float, device: str, tier: LowDoseTier = LowDoseTier.FAST, kept_mm: float = KEPT_MM
+) -> Denoiser:
     """The task itself, on three slices at a time, with the noise told by them."""
     fast, best = cache(lambda folder: load_low_dose(LOW_DOSE_WEIGHT, folder)), cache(load_cold)
 
     def denoise(images: np.ndarray, pixel_mm: float, gap_mm: float) -> np.ndarray:
-        request = LowDoseRequest(tier, strength, device=device, weights_folder=weights)
+        request = LowDoseRequest(tier, strength, kept_mm, device=device, weights_folder=weights)
         result = reduce_noise(volume_of(images, pixel_mm, gap_mm), request, load_net=fast, load_best=best)
         return result.ct.array[1].astype(np.float32)
 
@@ -497,6 +499,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kernel", choices=_KERNELS, default="soft")
     parser.add_argument("--size", type=int, default=256, help="pixels of a side")
     parser.add_argument("--strength", type=float, default=1.0)
+    parser.add_argument("--kept-mm", type=float, default=KEPT_MM, help="what is coarser is left as it was")
     parser.add_argument("--tier", type=LowDoseTier, choices=list(LowDoseTier), default=LowDoseTier.FAST)
     choices = [choice for choice in SliceChoice if choice is not SliceChoice.TUNING]
     parser.add_argument("--slices", type=SliceChoice, choices=choices, default=SliceChoice.TEST)
@@ -525,7 +528,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pieces = [(piece, *with_neighbors(piece, options.size, options.data)) for piece in found]
         dose = Dose(options.photons, options.dose, options.electronic_noise)
         scans = LowDoseScans(options.size, options.views, dose, _KERNELS[options.kernel], options.seed)
-        denoise = denoiser(options.weights, options.strength, options.device, options.tier)
+        denoise = denoiser(options.weights, options.strength, options.device, options.tier, options.kept_mm)
         rows, lesions, shown = evaluate(scans, pieces, denoise, log=lambda line: print(line, flush=True))
         told = {
             "dose": f"{100 * options.dose:g} % of {options.photons:g} photons a ray",
@@ -536,6 +539,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "size": options.size,
             "tier": options.tier.value,
             "strength": options.strength,
+            "kept from": f"{options.kept_mm:g} mm",
             "slices": f"{options.slices.value}, {sum(gap > 0 for *_, gap in pieces)} of {len(pieces)} with neighbors",
             "seed": options.seed,
         }
