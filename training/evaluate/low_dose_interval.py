@@ -45,7 +45,8 @@ def shortfalls(scans: Sequence[Scan], weights: Path | None) -> np.ndarray:
     found = []
     for scan in scans:
         result = reduce_noise(
-            volume_of(scan.noisy, scan.piece.pixel_mm, scan.spacing_mm), LowDoseRequest(kept_mm=0.0, weights_folder=weights)
+            volume_of(scan.noisy, scan.piece.pixel_mm, scan.spacing_mm),
+            LowDoseRequest(kept_mm=0.0, weights_folder=weights),
         )
         assert result.interval_hu is not None
         error = np.abs(result.ct.array[1] - scan.reference)
