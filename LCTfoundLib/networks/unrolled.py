@@ -150,12 +150,26 @@ class UnrolledInput:
         return self.noise / _REFERENCE_NOISE
 
     def smooth(
-        self, projector: Projector, iterations: int = _TV_ITERATIONS, progress: Callable[[float], object] | None = None
+        self,
+        projector: Projector,
+        iterations: int = _TV_ITERATIONS,
+        begin: Tensor | None = None,
+        share: float = 1.0,
+        progress: Callable[[float], object] | None = None,
     ) -> Tensor:
-        """The image of little total variation, begun at the filtered back-projection, in units of water, (N, H, W)."""
-        strength = _TV_STRENGTH * projector.grid.pixel_mm * (1.0 + self.relative_noise)[:, None, None]
+        """The image of little total variation, in units of water, (N, H, W).
+
+        Args:
+            projector: of the scan.
+            iterations: few of them stay near to where they begin.
+            begin: image to begin at; default: the filtered back-projection.
+            share: of the usual strength.
+            progress: told the share done.
+        """
+        strength = share * _TV_STRENGTH * projector.grid.pixel_mm * (1.0 + self.relative_noise)[:, None, None]
+        image = (self.start if begin is None else begin).clamp(min=0)
         return total_variation_reconstruction(
-            projector, self.sinograms, strength, self.start.clamp(min=0), iterations, self.weights, progress=progress
+            projector, self.sinograms, strength, image, iterations, self.weights, progress=progress
         )
 
 

@@ -1,7 +1,8 @@
 """Reconstruction from few views: line integrals in, a CT out, with how sure it is.
 
 Three tiers. *Preview*: total variation, no network. *Fast*: the unrolled net, which also tells the error it expects.
-*Best*: draws of the backbone's posterior begun at the fast result; their mean, and what they disagree about.
+*Best*: draws of the backbone's posterior begun at the fast result; the mean of them and it, made to agree with the
+measurements under little total variation, and what the draws disagree about.
 """
 
 from __future__ import annotations
@@ -55,6 +56,10 @@ _LAPLACE, _NORMAL = math.log(1 / (1 - _COVERAGE)), 1.6449
 INTERVAL_FACTOR = "interval factor"
 #: Slices at a time.
 _SLICES = 4
+#: Share of the fast result in the mean with the draws; total variation at the end, share of the preview's strength.
+#: On tuning slices with 16 views the RMSE was 79.9 HU of the fast result alone, 80.5 of the draws', 79.8 of the mean,
+#: 78.6 at the end.
+_FAST_SHARE, _LAST_TV_SHARE, _LAST_TV_ITERATIONS = 0.5, 0.1, 60
 #: Iterations of total variation, for ``PREVIEW``.
 _TV_ITERATIONS = 150
 
@@ -228,8 +233,10 @@ class _Run:
             return self._preview(), None
         if self.request.tier is Tier.FAST:
             return self._fast(self.progress)
-        fast, best = self.progress.split({"Fast reconstruction": 1, "Best reconstruction": self.request.samples * 2})
-        return self._best(*self._fast(fast), best)
+        shares = {"Fast reconstruction": 2, "Best reconstruction": self.request.samples, "Agreement with the scan": 1}
+        fast, best, last = self.progress.split(shares)
+        mean, interval = self._best(*self._fast(fast), best)
+        return self._agreed(mean, last), interval
 
     def _parts(self) -> list[tuple[slice, UnrolledInput]]:
         """Some slices at a time, as the networks take them, on the device."""
@@ -258,7 +265,7 @@ class _Run:
             def show(share: float, first: int = part.start) -> None:
                 self.progress.update((first + share * _SLICES) / total, f"Reconstructing slice {first + 1} of {total}")
 
-            images.append(told.smooth(self.projector, _TV_ITERATIONS, show).cpu())
+            images.append(told.smooth(self.projector, _TV_ITERATIONS, progress=show).cpu())
         return torch.cat(images)
 
     def _fast(self, progress: Progress) -> tuple[Tensor, Tensor]:
@@ -277,7 +284,7 @@ class _Run:
         return torch.cat(images), _LAPLACE * _factor(card) * torch.cat(scales)
 
     def _best(self, start: Tensor, interval: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
-        """Mean of the draws, and the interval of draws and net together."""
+        """Mean of the draws and of where they began, and the interval of draws and net together."""
         model = self._load_backbone(self.request.weights_folder)
         if model.card is not None:
             self._know(model.card)
@@ -299,11 +306,20 @@ class _Run:
                 )  # fmt: skip
         self.evaluations += steps * self.request.samples
         drawn = torch.stack(draws)
-        mean = drawn.mean(dim=0)
+        mean = drawn.mean(dim=0).lerp(start, _FAST_SHARE)
         if len(draws) > 1:
             # What the draws agree on may be wrong all the same: the net's own estimate does not become smaller.
             interval = torch.maximum(interval, _NORMAL * drawn.std(dim=0))
         return mean, interval
+
+    def _agreed(self, images: Tensor, progress: Progress) -> Tensor:
+        """Nearer to the measurements, at little total variation."""
+        found = []
+        for part, told in self._parts():
+            progress.update(part.start / len(images), f"Comparing slice {part.start + 1} with the scan")
+            begin = images[part].to(self.choice.device)
+            found.append(told.smooth(self.projector, _LAST_TV_ITERATIONS, begin, _LAST_TV_SHARE).cpu())
+        return torch.cat(found)
 
     def _precision(self) -> torch.autocast:
         half = self.choice.dtype != torch.float32
