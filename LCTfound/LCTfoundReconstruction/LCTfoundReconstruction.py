@@ -64,6 +64,7 @@ class LCTfoundReconstructionParameterNode:
     tier: str = "fast"
     samples: Annotated[int, WithinRange(1, 32)] = 4
     strength: Annotated[float, WithinRange(0, 100)] = 100.0
+    keptMm: Annotated[float, WithinRange(0, 50)] = 5.0
     lowDoseTier: str = "fast"
     simulateDose: bool = False
     dosePercent: Annotated[float, WithinRange(1, 100)] = 10.0
@@ -124,6 +125,7 @@ class LCTfoundReconstructionLogic(ScriptedLoadableModuleLogic):
         strength: float = 1.0,
         tier: str = "fast",
         simulate: float | None = None,
+        keptMm: float | None = None,
         slices: tuple[Sequence[float], int] | None = None,
         device: str = "auto",
         waitForCompletion: bool = True,
@@ -135,8 +137,9 @@ class LCTfoundReconstructionLogic(ScriptedLoadableModuleLogic):
             strength: 0 (as it is) to 1.
             tier: ``fast`` or ``best``.
             simulate: add noise first, as of this share of the full dose; the result is compared with the CT.
+            keptMm: only what is finer than this (mm) is taken away; 0 takes noise of any size, None what is usual.
         """
-        options = {"strength": strength, "tier": tier, "simulate": simulate, "device": device}
+        options = {"strength": strength, "kept_mm": keptMm, "tier": tier, "simulate": simulate, "device": device}
         name = _("noise reduced {percent} %").format(percent=round(100 * strength))
         return self._start("low_dose", name, inputVolume, options, slices, waitForCompletion, listener)
 
@@ -506,7 +509,9 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
             return logic.sparseView(node.inputVolume, node.views, node.tier, node.samples, **common)
         if node.task == "low_dose":
             simulate = node.dosePercent / 100 if node.simulateDose else None
-            return logic.lowDose(node.inputVolume, node.strength / 100, node.lowDoseTier, simulate, **common)
+            return logic.lowDose(
+                node.inputVolume, node.strength / 100, node.lowDoseTier, simulate, node.keptMm, **common
+            )
         factor = {"pixels4": 4, "pixels8": 8}.get(node.mode)
         return logic.superResolution(
             node.inputVolume, factor, node.sliceMm, node.method, node.simulateCoarse, node.draws, **common
