@@ -25,12 +25,12 @@ import numpy as np
 
 import LCTfoundLib
 from LCTfoundLib.anatomy.structures import Lobe
-from LCTfoundLib.errors import LCTfoundError
 from LCTfoundLib.networks.conditions import WINDOWS
 from LCTfoundLib.networks.foundation import FoundationModel, load_foundation
 from LCTfoundLib.runtime.device import DeviceChoice, choose_device
 from training.distill_features import load_distilled
 from training.evaluate.cases import DEFAULT_DATA, MANIFEST, seeds
+from training.evaluate.command import Log, command
 from training.evaluate.foundation_features import (
     BackboneFeatures,
     FeatureSettings,
@@ -78,7 +78,6 @@ __all__ = [
     "training_groups",
 ]
 
-Log = Callable[[str], None]
 
 RANDOM = "random initialization"
 #: Scores of the pixel probe.
@@ -491,17 +490,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
-    begin = time.monotonic()
-
-    def log(line: str) -> None:
-        print(f"{time.monotonic() - begin:5.0f} s  {line}", flush=True)
-
-    try:
-        text = _Run(options, log)()
-    except LCTfoundError as error:
-        raise SystemExit(str(error)) from error
-    print(text)
-    log(f"written to {options.out}")
+    with command() as log:
+        print(_Run(options, log)())
+        log(f"written to {options.out}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ from scipy import ndimage
 from torch import Tensor
 
 from LCTfoundLib.demo import cache_folder, fetch_case
-from LCTfoundLib.errors import LCTfoundError
 from LCTfoundLib.export.slices import draw_text
 from LCTfoundLib.networks.low_dose import LOW_DOSE_WEIGHT, load_low_dose
 from LCTfoundLib.physics.image_quality import (
@@ -49,6 +48,7 @@ from LCTfoundLib.runtime.files import output_errors
 from LCTfoundLib.tasks.low_dose import KEPT_MM, LowDoseRequest, LowDoseTier, load_cold, reduce_noise
 from LCTfoundLib.volume import Volume
 from training.evaluate.cases import DEFAULT_DATA, read_canonical
+from training.evaluate.command import command
 from training.evaluate.image_metrics import METRICS, psnr, rmse, ssim, vif
 from training.evaluate.reconstruction_slices import ReconstructionSlice, SliceChoice, at_size, read_slices
 from training.evaluate.statistics import bootstrap, compare_paired
@@ -519,7 +519,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     # What the task warns its users of, at every slice.
     logging.getLogger("LCTfoundLib").setLevel(logging.ERROR)
-    try:
+    with command() as log:
         found, missing = read_slices(options.slices, options.size, options.data)
         if options.first:
             found = [
@@ -529,7 +529,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dose = Dose(options.photons, options.dose, options.electronic_noise)
         scans = LowDoseScans(options.size, options.views, dose, _KERNELS[options.kernel], options.seed)
         denoise = denoiser(options.weights, options.strength, options.device, options.tier, options.kept_mm)
-        rows, lesions, shown = evaluate(scans, pieces, denoise, log=lambda line: print(line, flush=True))
+        rows, lesions, shown = evaluate(scans, pieces, denoise, log=log)
         told = {
             "dose": f"{100 * options.dose:g} % of {options.photons:g} photons a ray",
             "electronic noise": options.electronic_noise,
@@ -545,9 +545,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         spread = np.linspace(0, len(shown) - 1, min(4, len(shown))).round().astype(int)
         print(write_report(options.out, rows, lesions, [shown[n] for n in spread], told, missing))
-    except LCTfoundError as error:
-        raise SystemExit(str(error)) from error
-    print(f"written to {options.out}")
+        log(f"written to {options.out}")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ noise-free reconstruction with the same kernel. The file goes into the weight's 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,11 @@ import numpy as np
 from LCTfoundLib.errors import LCTfoundError
 from LCTfoundLib.networks.low_dose import LOW_DOSE_WEIGHT, load_low_dose
 from LCTfoundLib.physics.noise import SHARP, SOFT, Dose
-from LCTfoundLib.runtime.files import atomic_path, output_errors
 from LCTfoundLib.tasks.low_dose import LowDoseRequest, reduce_noise
-from LCTfoundLib.tasks.sparse_view import INTERVAL_FACTOR
 from training.evaluate.cases import DEFAULT_DATA
+from training.evaluate.command import Log, command
 from training.evaluate.low_dose import LowDoseScans, Scan, scan_of, volume_of, with_neighbors
-from training.evaluate.reconstruction_interval import calibrated, table
+from training.evaluate.reconstruction_interval import found_of, write_found
 from training.evaluate.reconstruction_slices import SliceChoice, read_slices
 
 __all__ = ["main", "shortfalls"]
@@ -54,9 +52,8 @@ def shortfalls(scans: Sequence[Scan], weights: Path | None) -> np.ndarray:
     return np.concatenate(found).astype(np.float32)
 
 
-def _run(options: argparse.Namespace, log: Callable[[str], None]) -> dict[str, Any]:
+def _run(options: argparse.Namespace, log: Log) -> dict[str, Any]:
     card = load_low_dose(LOW_DOSE_WEIGHT, options.weights)[1]
-    before = float(card.numbers.get(INTERVAL_FACTOR, 1.0))
     slices, missing = read_slices(SliceChoice.TUNING, options.size, options.data)
     for reason in missing:
         log(f"left out: {reason}")
@@ -70,17 +67,7 @@ def _run(options: argparse.Namespace, log: Callable[[str], None]) -> dict[str, A
             name = f"{options.size} pixels, {100 * share:g} % of 1e5 photons, {kernel} kernel"
             ratios[name] = shortfalls([scan_of(scanner, *each) for each in pieces], options.weights)
             log(f"{name}: {100 * (ratios[name] <= 1).mean():.1f} % inside")
-    factor = calibrated(ratios)
-    coverage = {
-        name: {"before": round(float((each <= 1).mean()), 4), "after": round(float((each <= factor).mean()), 4)}
-        for name, each in ratios.items()
-    }
-    return {
-        INTERVAL_FACTOR: round(before * factor, 4),
-        "inside the 90 % interval": coverage,
-        "interval found on": sorted(piece.name for piece in slices),
-        "weight_sha256": card.sha256,
-    }
+    return found_of(ratios, card, [piece.name for piece in slices], log)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -97,16 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     # What the task warns its users of, at every slice.
     logging.getLogger("LCTfoundLib").setLevel(logging.ERROR)
-    try:
-        found = _run(options, lambda line: print(line, flush=True))
-        with output_errors(options.out.parent):
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(options.out) as temporary:
-                temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    except LCTfoundError as error:
-        raise SystemExit(str(error)) from error
-    print(table(found["inside the 90 % interval"]))
-    print(f"factor {found[INTERVAL_FACTOR]}; written to {options.out}")
+    with command() as log:
+        write_found(_run(options, log), options.out)
+        log(f"written to {options.out}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from LCTfoundLib.errors import LCTfoundError
 from LCTfoundLib.volume import Volume
 from training.evaluate.cases import DEFAULT_DATA, MANIFEST, CaseSource, TestSet, seeds, sources
 from training.evaluate.classical import SegmentAtlas, build_atlas, segment_classically
+from training.evaluate.command import Log
 from training.evaluate.report import SetResult, write_report
 from training.evaluate.scoring import Case, Prediction, Scores, score_case
 from training.evaluate.statistics import mean_over_seeds
@@ -33,7 +34,6 @@ from training.evaluate.statistics import mean_over_seeds
 __all__ = ["evaluate_set", "main"]
 
 Predictor = Callable[[Volume], Prediction]
-Log = Callable[[str], None]
 
 ATLAS_PHANTOMS = 16
 BASELINE, WEIGHTS, COMPARED = "classical baseline", "weights", "compared weights"

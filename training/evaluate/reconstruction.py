@@ -20,7 +20,7 @@ import json
 import platform
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from LCTfoundLib.physics.solvers import relative_residual
 from LCTfoundLib.runtime.device import choose_device
 from LCTfoundLib.runtime.files import atomic_path
 from training.evaluate.cases import DEFAULT_DATA, MANIFEST
+from training.evaluate.command import Log, command
 from training.evaluate.image_metrics import FeatureDistance, rmse, score_slice
 from training.evaluate.reconstruction_baselines import BASELINES
 from training.evaluate.reconstruction_methods import (
@@ -54,7 +55,6 @@ from training.evaluate.reconstruction_slices import SPLIT, ReconstructionSlice, 
 
 __all__ = ["PARAMETERS", "evaluate", "main", "parameters_for", "simulated", "tune"]
 
-Log = Callable[[str], None]
 
 #: Method, size, views and noise to the parameters chosen for them.
 PARAMETERS = Path(__file__).parent / "reconstruction_parameters.json"
@@ -358,22 +358,14 @@ class _Run:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
-    begin = time.monotonic()
-
-    def log(line: str) -> None:
-        print(f"{time.monotonic() - begin:5.0f} s  {line}", flush=True)
-
-    try:
+    with command() as log:
         run = _Run(options, log)
         if options.tune:
             run.tune()
             log(f"written to {options.parameters}")
             return
-        text = run.evaluate()
-    except LCTfoundError as error:
-        raise SystemExit(str(error)) from error
-    print(text)
-    log(f"written to {options.out}")
+        print(run.evaluate())
+        log(f"written to {options.out}")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,16 @@ from LCTfoundLib.physics.noise import Dose
 from LCTfoundLib.runtime.device import choose_device
 from LCTfoundLib.runtime.files import atomic_path, output_errors
 from LCTfoundLib.tasks.sparse_view import INTERVAL_FACTOR
+from LCTfoundLib.weights.registry import Card
 from training.evaluate.cases import DEFAULT_DATA
+from training.evaluate.command import Log, command
 from training.evaluate.reconstruction import simulated
 from training.evaluate.reconstruction_methods import Context, Method, Setting, methods_named
 from training.evaluate.reconstruction_slices import ReconstructionSlice, SliceChoice, read_slices
 from training.restoration import ImageSampler
 from training.shard_stream import Augmentation, Mixture, Source
 
-__all__ = ["calibrated", "held_out_slices", "main", "shortfalls", "table"]
+__all__ = ["calibrated", "found_of", "held_out_slices", "main", "shortfalls", "table", "write_found"]
 
 #: What the interval shall hold.
 _COVERAGE = 0.9
@@ -82,6 +83,36 @@ def calibrated(ratios: Mapping[str, np.ndarray], coverage: float = _COVERAGE) ->
     return float(np.quantile(np.concatenate([np.quantile(each, places) for each in ratios.values()]), coverage))
 
 
+def found_of(ratios: Mapping[str, np.ndarray], card: Card, names: Iterable[str], log: Log) -> dict[str, Any]:
+    """What goes into the card of the weight that was looked at: factor, coverage, slices."""
+    before = float(card.numbers.get(INTERVAL_FACTOR, 1.0))
+    factor = calibrated(ratios)
+    log(f"factor {before * factor:.3f} (was {before:.3f})")
+    coverage = {
+        name: {"before": round(float((each <= 1).mean()), 4), "after": round(float((each <= factor).mean()), 4)}
+        for name, each in ratios.items()
+    }
+    return {
+        INTERVAL_FACTOR: round(before * factor, 4),
+        "inside the 90 % interval": coverage,
+        "interval found on": sorted(names),
+        "weight_sha256": card.sha256,
+    }
+
+
+def write_found(found: Mapping[str, Any], path: Path) -> None:
+    """Write it as JSON, and print the table.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with output_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(table(found["inside the 90 % interval"]))
+
+
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -112,10 +143,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _run(options: argparse.Namespace, log: Callable[[str], None]) -> dict[str, Any]:
+def _run(options: argparse.Namespace, log: Log) -> dict[str, Any]:
     (fast,) = methods_named(["fast"])
     card = load_unrolled(folder=options.weights)[1]
-    before = float(card.numbers.get(INTERVAL_FACTOR, 1.0))
     ratios: dict[str, np.ndarray] = {}
     names: set[str] = set()
     for size in options.sizes:
@@ -129,18 +159,7 @@ def _run(options: argparse.Namespace, log: Callable[[str], None]) -> dict[str, A
         for name, setting in _settings(options, size):
             ratios[name] = shortfalls(slices, fast, setting)
             log(f"{name}: {100 * (ratios[name] <= 1).mean():.1f} % inside")
-    factor = calibrated(ratios)
-    log(f"factor {before * factor:.3f} (was {before:.3f})")
-    coverage = {
-        name: {"before": round(float((each <= 1).mean()), 4), "after": round(float((each <= factor).mean()), 4)}
-        for name, each in ratios.items()
-    }
-    return {
-        INTERVAL_FACTOR: round(before * factor, 4),
-        "inside the 90 % interval": coverage,
-        "interval found on": sorted(names),
-        "weight_sha256": card.sha256,
-    }
+    return found_of(ratios, card, names, log)
 
 
 def table(coverage: Mapping[str, Mapping[str, float]]) -> str:
@@ -152,21 +171,10 @@ def table(coverage: Mapping[str, Mapping[str, float]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
-    begin = time.monotonic()
-
-    def log(line: str) -> None:
-        print(f"{time.monotonic() - begin:5.0f} s  {line}", flush=True)
-
-    try:
+    with command() as log:
         found = _run(options, log)
-        with output_errors(options.out.parent):
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(options.out) as temporary:
-                temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    except LCTfoundError as error:
-        raise SystemExit(str(error)) from error
-    print(table(found["inside the 90 % interval"]))
-    log(f"written to {options.out}")
+        write_found(found, options.out)
+        log(f"written to {options.out}")
 
 
 if __name__ == "__main__":

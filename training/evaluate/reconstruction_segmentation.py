@@ -34,13 +34,13 @@ from LCTfoundLib.runtime.files import output_errors
 from LCTfoundLib.tasks.sparse_view import SparseViewRequest, Tier, reconstruct_sparse_view, scan_of_volume
 from LCTfoundLib.volume import Volume
 from training.evaluate.cases import DEFAULT_DATA, read_canonical
+from training.evaluate.command import Log, command
 from training.evaluate.lung_segmentation import Predictor, net_predictor
 from training.evaluate.metrics import dice
 from training.evaluate.scoring import Prediction
 
 __all__ = ["CASES", "METHODS", "CaseResult", "compare_segmentations", "main", "segment_dice"]
 
-Log = Callable[[str], None]
 #: HU (N, rows, columns) of a scan.
 Reconstruct = Callable[[Projections, ImageGrid], np.ndarray]
 
@@ -295,17 +295,9 @@ def _finite(value: object) -> object:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
-    begin = time.monotonic()
-
-    def log(line: str) -> None:
-        print(f"{time.monotonic() - begin:5.0f} s  {line}", flush=True)
-
-    try:
-        text = _run(options, log)
-    except LCTfoundError as error:
-        raise SystemExit(str(error)) from error
-    print(text)
-    log(f"written to {options.out}")
+    with command() as log:
+        print(_run(options, log))
+        log(f"written to {options.out}")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from LCTfoundLib.tasks.super_resolution import (
 )
 from LCTfoundLib.volume import Volume
 from training.evaluate.cases import DEFAULT_DATA
+from training.evaluate.command import command
 from training.evaluate.image_metrics import METRICS, RANGE, Metric, score_slice
 from training.evaluate.reconstruction_slices import ReconstructionSlice, SliceChoice, read_slices
 from training.evaluate.statistics import compare_paired
@@ -305,17 +306,9 @@ def _run(options: argparse.Namespace, log: Callable[[str], None]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
-    begin = time.monotonic()
-
-    def log(line: str) -> None:
-        print(f"{time.monotonic() - begin:5.0f} s  {line}", flush=True)
-
-    try:
-        text = _run(options, log)
-    except LCTfoundError as error:
-        raise SystemExit(str(error)) from error
-    print(text)
-    log(f"written to {options.out}")
+    with command() as log:
+        print(_run(options, log))
+        log(f"written to {options.out}")
 
 
 if __name__ == "__main__":
