@@ -29,14 +29,16 @@ class NullSpaceSettings:
     Attributes:
         steps: evaluations of the backbone.
         first: timestep to begin at. The less a backbone has learned, the lower: what it makes of much noise is then
-            worse than the interpolation.
+            worse than the interpolation. With the shipped one, on five tuning slices of 256 pixels made four times
+            coarser, four draws from 20 gain 0.6 dB on bicubic interpolation; one draw from 20 gains nothing, one from
+            50 loses 0.7 dB, from 100 1.8 dB.
         fresh: share of a step's noise that is drawn anew: 0 follows one path (DDIM), 1 forgets it; the paper's is 0.85.
             An exact Gaussian prior's draws have, with 20 steps from 400, 0.92 of the right deviation with 0 and 0.81
             with 0.85; but drawing anew corrects what an inexact one predicts.
     """
 
-    steps: int = 20
-    first: int = 100
+    steps: int = 10
+    first: int = 20
     fresh: float = 0.85
 
     def __post_init__(self) -> None:

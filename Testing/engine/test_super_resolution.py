@@ -339,11 +339,11 @@ class TestTask:
         assert told["factor"] == 4 and told["sampling"]["steps"] == 3 and told["weights"]["toy"]["version"] == "1"
 
     def test_the_interval_is_what_the_draws_differ_in(self, ct):
-        """A single draw has none; two of them differ by sqrt(2) deviations."""
+        """A single draw has none; two of them differ by sqrt(2) deviations. It is widened by the factor."""
         both, one = finer(ct, factor=2), finer(ct, factor=2, samples=1)
         assert one.interval_hu is None
         second = 2 * both.ct.array - one.ct.array
-        wanted = 1.6449 * np.abs(second - one.ct.array) / 2**0.5
+        wanted = (0.55 + 0.44 * 2) * 1.6449 * np.abs(second - one.ct.array) / 2**0.5
         np.testing.assert_allclose(both.interval_hu.array, wanted, atol=0.05)
 
     def test_seeds(self, ct):
