@@ -24,6 +24,7 @@ from LCTfoundLib.runtime.progress import CancelToken, Progress
 from LCTfoundLib.tasks.low_dose import LowDoseRequest, LowDoseTier, NoiseReport, load_cold, reduce_noise, standard_curve
 from LCTfoundLib.tasks.sparse_view import INTERVAL_FACTOR
 from LCTfoundLib.volume import Volume
+from LCTfoundLib.weights import registry
 from LCTfoundLib.weights.registry import Card
 from Testing.engine.toy_backbones import two_levels
 
@@ -287,7 +288,10 @@ class TestBest:
         result = self.best(bright, (model, self.adapter(model)))
         assert result.ct.array.shape == bright.shape and (result.ct.array[:, 40, 40] > 1500).all()
 
-    def test_without_its_weight_it_says_what_to_do(self, ct, tmp_path):
+    def test_without_its_weight_it_says_what_to_do(self, ct, tmp_path, monkeypatch):
+        monkeypatch.setattr(registry, "shipped_folders", list)
+        monkeypatch.setattr(registry, "user_folder", lambda: tmp_path / "user")
+        monkeypatch.delenv(registry.ENVIRONMENT_VARIABLE, raising=False)
         with pytest.raises(WeightError, match="low_dose_cold.*choose the fast tier"):
             load_cold(tmp_path)
         with pytest.raises(WeightError, match="choose the fast tier"):
