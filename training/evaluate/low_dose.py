@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import logging
 import re
 import time
 import zlib
@@ -517,8 +516,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
-    # What the task warns its users of, at every slice.
-    logging.getLogger("LCTfoundLib").setLevel(logging.ERROR)
     with command() as log:
         found, missing = read_slices(options.slices, options.size, options.data)
         if options.first:

@@ -10,7 +10,6 @@ noise-free reconstruction with the same kernel. The file goes into the weight's 
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,8 +81,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
-    # What the task warns its users of, at every slice.
-    logging.getLogger("LCTfoundLib").setLevel(logging.ERROR)
     with command() as log:
         write_found(_run(options, log), options.out)
         log(f"written to {options.out}")
