@@ -6,6 +6,7 @@ the step alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from LCTfoundLib.networks.unrolled import UnrolledInput
-from LCTfoundLib.physics.geometry import ImageGrid, ParallelBeam
+from LCTfoundLib.physics.geometry import FanBeam, ImageGrid, ParallelBeam
 from LCTfoundLib.physics.hounsfield import WATER_PER_MM
 from LCTfoundLib.physics.noise import Dose, measure
 from LCTfoundLib.physics.projector import Projector
@@ -38,6 +39,20 @@ class ScanGrid:
     field_mm: float
     share: float
     batch: int
+
+    @property
+    def image(self) -> ImageGrid:
+        return ImageGrid(self.size, self.size, self.field_mm / self.size)
+
+
+def a_fan(grid: ImageGrid, views: int) -> FanBeam:
+    """Over a full turn; channels of a pixel's width at the isocenter, with the quarter shift.
+
+    One geometry for a grid and a number of views, so that its matrices are kept.
+    """
+    near, far = FanBeam.source_isocenter_mm, FanBeam.source_detector_mm
+    channels = 2 * math.ceil(near * math.asin(grid.circle_mm / near) / grid.pixel_mm) + 4
+    return FanBeam((0.0,), channels, grid.pixel_mm * far / near, 0.25, near, far).sparse(views)
 
 
 @dataclass
@@ -64,6 +79,7 @@ class SparseScans:
         self.scored = next(grid for grid in self.grids if grid.size == int(data["scored"]))
         self.views, self.noisy = [int(n) for n in data["views"]], float(data["noisy"])
         self.photons = tuple(float(n) for n in data["photons"])
+        self.fans = float(data.get("fans", 0.0))
         sizes = {grid.size: Augmentation(grid.size, grid.size) for grid in self.grids}
         self._train = {size: ImageSampler(mixture, each, self.seed) for size, each in sizes.items()}
         whole = sizes[self.scored.size]
@@ -78,13 +94,18 @@ class SparseScans:
         shares = np.array([grid.share for grid in self.grids])
         grid = self.grids[int(rng.choice(len(self.grids), p=shares / shares.sum()))]
         first = step * max(grid.batch for grid in self.grids)
-        return self._scan(self._train[grid.size], range(first, first + grid.batch), grid, views, dose, device)
+        image = grid.image
+        beam = a_fan(image, views) if rng.random() < self.fans else ParallelBeam.around(image, views)
+        numbers = range(first, first + grid.batch)
+        return self._scan(self._train[grid.size], numbers, Projector(image, beam), dose, device)
 
     def held_out(self, count: int, views: int, dose: Dose | None, device: torch.device) -> Scan | None:
         """The first slices that nothing is trained on; None without any."""
         if self._held_out is None:
             return None
-        return self._scan(self._held_out, range(count), self.scored, views, dose, device)
+        image = self.scored.image
+        projector = Projector(image, ParallelBeam.around(image, views))
+        return self._scan(self._held_out, range(count), projector, dose, device)
 
     def scores(self, reconstruct: Callable[[Scan], Tensor], device: torch.device) -> dict[str, float]:
         """PSNR (2,000 HU) on held-out chests with each number of views, without noise, over whole images."""
@@ -103,14 +124,11 @@ class SparseScans:
         self,
         sampler: ImageSampler,
         numbers: range,
-        on: ScanGrid,
-        views: int,
+        projector: Projector,
         dose: Dose | None,
         device: torch.device,
     ) -> Scan:
         wanted = torch.cat([sampler(number) for number in numbers]).to(device) / 1000 + 1
-        grid = ImageGrid(on.size, on.size, on.field_mm / on.size)
-        projector = Projector(grid, ParallelBeam.around(grid, views))
         rays = projector.forward(wanted * WATER_PER_MM)
         if dose is None:
             return Scan(wanted, UnrolledInput.of(rays, projector), projector)

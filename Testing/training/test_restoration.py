@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from LCTfoundLib.errors import LCTfoundError, WeightError
 from LCTfoundLib.networks.unrolled import load_unrolled
-from LCTfoundLib.physics.geometry import ImageGrid, ParallelBeam
+from LCTfoundLib.physics.geometry import FanBeam, ImageGrid, ParallelBeam
 from LCTfoundLib.physics.noise import Dose
 from LCTfoundLib.physics.projector import Projector
 from training.curation.shards import ShardWriter
@@ -185,3 +185,16 @@ def test_baselines_learn_and_load(task, shards, tmp_path):
 def test_no_such_task(shards):
     with pytest.raises(LCTfoundError, match="no restoration task"):
         task_of({"task": "x"}, Mixture([Source(shards)], 0), None)
+
+
+def test_some_scans_are_fans_that_see_the_whole_image(shards, tmp_path):
+    config = CONFIG | {"data": CONFIG["data"] | {"fans": 0.5}}
+    scans = task_of(config, Mixture([Source(shards)], 3), None).scans
+    beams = [scans.of_step(step, torch.device("cpu")).projector for step in range(12)]
+    kinds = {type(projector.beam) for projector in beams}
+    assert kinds == {FanBeam, ParallelBeam}
+    for projector in beams:
+        assert projector.beam.covers(projector.grid) and projector.beam.views in (6, 12)
+        if isinstance(projector.beam, FanBeam):
+            near, far = projector.beam.source_isocenter_mm, projector.beam.source_detector_mm
+            assert projector.beam.pitch_mm * near / far == pytest.approx(projector.grid.pixel_mm)
