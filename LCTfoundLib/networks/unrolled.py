@@ -166,7 +166,10 @@ class UnrolledInput:
             share: of the usual strength.
             progress: told the share done.
         """
-        strength = share * _TV_STRENGTH * projector.grid.pixel_mm * (1.0 + self.relative_noise)[:, None, None]
+        beam, pixel_mm = projector.beam, projector.grid.pixel_mm
+        # Channels closer than pixels weigh the measurements more, in sum, and not because they tell more.
+        density = pixel_mm * beam.detectors / (2 * beam.field_mm)
+        strength = share * _TV_STRENGTH * density * pixel_mm * (1.0 + self.relative_noise)[:, None, None]
         image = (self.start if begin is None else begin).clamp(min=0)
         return total_variation_reconstruction(
             projector, self.sinograms, strength, image, iterations, self.weights, progress=progress

@@ -342,6 +342,11 @@ def _warnings(projector: Projector, request: SparseViewRequest) -> list[str]:
             f"{views} views leave most of the image open: small vessels and nodules may be {lost}. "
             "Research use only, not for diagnosis."
         )
+    if request.tier is not Tier.PREVIEW and not isinstance(projector.beam, ParallelBeam):
+        found.append(
+            "The network has seen few fan beams: on two slices with 32 and 61 views of a fan the preview was nearer to "
+            "the truth. Compare the two."
+        )
     if not projector.beam.covers(projector.grid):
         found.append(
             f"The detector sees a circle of {2 * projector.beam.field_mm:.0f} mm only; values near its rim and beyond "
