@@ -17,6 +17,7 @@ from LCTfoundLib.networks.backbone import backbone_config, build_backbone
 from LCTfoundLib.networks.conditions import BuiltInEncoder, Scaling
 from LCTfoundLib.networks.features import NoiseSchedule
 from LCTfoundLib.networks.foundation import STUDENT_WEIGHT, InputRecipe, Slices, save_foundation
+from LCTfoundLib.networks.posterior import PosteriorSettings
 from LCTfoundLib.networks.restoration import RestorationConfig
 from LCTfoundLib.networks.unrolled import (
     UNROLLED_WEIGHT,
@@ -28,7 +29,7 @@ from LCTfoundLib.networks.unrolled import (
 from LCTfoundLib.physics.geometry import ImageGrid, ParallelBeam
 from LCTfoundLib.physics.noise import Dose
 from LCTfoundLib.physics.projector import Projector
-from LCTfoundLib.tasks.sparse_view import INTERVAL_FACTOR
+from LCTfoundLib.tasks.sparse_view import INTERVAL_FACTOR, SparseViewRequest
 from LCTfoundLib.weights.registry import Card, DataSource, save_weight
 from Testing.training.test_reconstruction_evaluation import SIDE, chest, method, offline, tcga_folder  # noqa: F401
 from training.curation.shards import ShardWriter
@@ -94,7 +95,13 @@ def test_every_method_answers(piece, weights, dose):
     methods = methods_named(NETWORKS)
     rows, _ = evaluate([piece], methods, setting, dict.fromkeys(NETWORKS, {}))
     asked = {row.method: row.evaluations for row in rows}
-    assert asked == {"fast": 2, "best": 2 + 4 * 8, "paper": 5, "post_processing": 1, "dual_domain": 2}
+    assert asked == {
+        "fast": 2,
+        "best": 2 + SparseViewRequest.samples * PosteriorSettings.steps,
+        "paper": 5,
+        "post_processing": 1,
+        "dual_domain": 2,
+    }
     assert {row.method for row in rows if row.inside is not None} == {"fast", "best"}
     digests = weights_of(methods, weights)
     assert set(digests) == {name for names in NETWORKS.values() for name in names}
