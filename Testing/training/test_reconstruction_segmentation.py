@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from LCTfoundLib.anatomy.structures import SEGMENTS, Tree
+from LCTfoundLib.anatomy.structures import SEGMENTS, Lobe, Tree
 from LCTfoundLib.errors import LCTfoundError, UnsuitableImage
 from LCTfoundLib.volume import Volume
 from training.evaluate.reconstruction_segmentation import (
@@ -37,7 +37,7 @@ def test_more_views_segment_better(simple_chest):
     for method in methods:
         assert few.dice[method]["Lungs"] < many.dice[method]["Lungs"] and many.dice[method]["Lungs"] > 0.93
     assert many.size == 88 and set(many.seconds) == set(methods) and not many.refused
-    assert len(many.dice["fbp"]) == 2 + len(SEGMENTS) + len(Tree)
+    assert len(many.dice["fbp"]) == 3 + len(Lobe) + len(SEGMENTS) + len(Tree)
     assert many.dice["fbp"]["Segments, mean"] == pytest.approx(
         np.mean([many.dice["fbp"][s.short] for s in SEGMENTS if s.code in (1, 11)])
     )

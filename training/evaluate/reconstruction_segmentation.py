@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 import LCTfoundLib
-from LCTfoundLib.anatomy.structures import SEGMENTS, Tree
+from LCTfoundLib.anatomy.structures import SEGMENTS, Lobe, Tree, lobes_from_segments
 from LCTfoundLib.demo import cache_folder, fetch_case
 from LCTfoundLib.errors import LCTfoundError
 from LCTfoundLib.export.slices import draw_text
@@ -48,7 +48,7 @@ CASES = ("LIDC-IDRI-0001", "LUNG1-001")
 METHODS = ("fbp", "preview", "fast")
 #: Titles of the columns, the reference's first.
 _TITLES = {"full": "all views", "fbp": "FBP", "preview": "TV (preview)", "fast": "LCTfound fast"}
-_SEGMENTS, _LUNGS = "Segments, mean", "Lungs"
+_SEGMENTS, _LOBES, _LUNGS = "Segments, mean", "Lobes, mean", "Lungs"
 #: Slices back-projected at a time.
 _SLICES = 4
 #: HU shown black and white.
@@ -131,13 +131,21 @@ def compare_segmentations(
 
 
 def segment_dice(reference: Prediction, found: Prediction) -> dict[str, float]:
-    """Dice of the lungs, the 18 segments with their mean, and the 3 trees."""
+    """Dice of the lungs, the 5 lobes, the 18 segments, each with their mean, and the 3 trees."""
     scores = {_LUNGS: dice(reference.segments > 0, found.segments > 0)}
+    both = [lobes_from_segments(one.segments) for one in (reference, found)]
+    lobes = {lobe.label: dice(both[0] == lobe, both[1] == lobe) for lobe in Lobe}
+    scores |= {_LOBES: _mean(lobes), **lobes}
     segments = {s.short: dice(reference.segments == s.code, found.segments == s.code) for s in SEGMENTS}
-    known = [value for value in segments.values() if not np.isnan(value)]
-    scores[_SEGMENTS] = float(np.mean(known)) if known else float("nan")
+    scores[_SEGMENTS] = _mean(segments)
     trees = {tree.name.capitalize(): dice(reference.trees == tree, found.trees == tree) for tree in Tree}
     return scores | trees | segments
+
+
+def _mean(scores: Mapping[str, float]) -> float:
+    """Of what at least one of the two has."""
+    known = [value for value in scores.values() if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 # -- reconstruction --------------------------------------------------------------------------------------------------
