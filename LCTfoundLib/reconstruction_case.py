@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from LCTfoundLib.anatomy.agreement import Agreement, agreement_of, bodies
+from LCTfoundLib.anatomy.agreement import Agreement, agreement_of, bodies, rmse_of
 from LCTfoundLib.case import case_name
 from LCTfoundLib.errors import LCTfoundError, OutputError, UnsuitableImage
 from LCTfoundLib.export.derived_series import DicomSource
@@ -291,13 +291,10 @@ def errors_of_slices(content: Reconstruction) -> dict[str, list[float | None]]:
     reference, pixel_mm = content.reference.array, content.image.spacing[0]
     masks = bodies(reference, pixel_mm)
     images = {content.before_name: content.before.array, "Reconstruction": content.image.array}
-    found: dict[str, list[float | None]] = {name: [] for name in images}
-    for name, hu in images.items():
-        for k in range(len(reference)):
-            one = slice(k, k + 1)
-            agreement = agreement_of(reference[one], hu[one], masks[one])
-            found[name].append(None if agreement is None else agreement.rmse_hu)
-    return found
+    return {
+        name: [rmse_of(reference[k], hu[k], mask) if mask.any() else None for k, mask in enumerate(masks)]
+        for name, hu in images.items()
+    }
 
 
 def told_agreement(manifest: Mapping[str, Any]) -> list[str]:

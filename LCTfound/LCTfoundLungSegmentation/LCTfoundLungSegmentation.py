@@ -322,7 +322,6 @@ class LCTfoundLungSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservatio
         self.logic: LCTfoundLungSegmentationLogic | None = None
         self._parameterNode: LCTfoundLungSegmentationParameterNode | None = None
         self._parameterNodeGuiTag: Any = None
-        self._run: Any = None
         self._pickNode: Any = None
         self._picked: Any = None
 
@@ -330,6 +329,7 @@ class LCTfoundLungSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservatio
 
     def setup(self) -> None:
         ScriptedLoadableModuleWidget.setup(self)
+        from LCTfoundSlicer.run_display import RunDisplay
         from LCTfoundSlicer.structure_tree import StructureTree
 
         self.uiWidget = slicer.util.loadUI(self.resourcePath("UI/LCTfoundLungSegmentation.ui"))
@@ -338,6 +338,7 @@ class LCTfoundLungSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservatio
         self.uiWidget.setMRMLScene(slicer.mrmlScene)
         self.logic = LCTfoundLungSegmentationLogic()
         self.tree = StructureTree(self.ui.structureTree, self._structuresSelected)
+        self.display = RunDisplay(self.ui.progressBar, self.ui.statusLabel, self.ui.logText, self._updateButtons)
         self._fillChoices()
         self._connect()
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartCloseEvent, self.onSceneStartClose)
@@ -391,8 +392,7 @@ class LCTfoundLungSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservatio
         self.ui.tableButton.connect("clicked(bool)", self.onTableButton)
 
     def cleanup(self) -> None:
-        if self._run is not None:
-            self._run.cancel()
+        self.display.cancel()
         self._stopPicking()
         self._observeResult(None)
         self.removeObservers()
@@ -414,8 +414,7 @@ class LCTfoundLungSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservatio
         self.setParameterNode(None)
 
     def onSceneStartClose(self, caller: Any, event: Any) -> None:
-        if self._run is not None:
-            self._run.cancel()
+        self.display.cancel()
         self._stopPicking()
         self.tree.setCase(None)
         self._observeResult(None)
@@ -474,7 +473,7 @@ class LCTfoundLungSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservatio
         self._updateButtons()
 
     def _updateButtons(self) -> None:
-        node, running = self._parameterNode, self._run is not None
+        node, running = self._parameterNode, self.display.isRunning
         case = self.tree.case
         result = case is not None and case.isResult
         self.ui.applyButton.text = _("Cancel") if running else _("Apply")
@@ -492,63 +491,24 @@ class LCTfoundLungSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservatio
     # -- running ---------------------------------------------------------------------------------------------------
 
     def onApplyButton(self) -> None:
-        if self._run is not None:
-            self.ui.statusLabel.text = _("Stopping ...")
-            self._run.cancel()
+        if self.display.isRunning:
+            self.display.cancel()
             return
         from LCTfoundSlicer.setup_widget import ensureReady
 
         with slicer.util.tryWithErrorDisplay(_("The segmentation could not be started.")):
             if ensureReady(("lung_coarse", "lung_fine")):
                 node = self._parameterNode
-                self._start(
+                self.display.start(
                     lambda listener: self.logic.process(
                         node.inputVolume, node.outputSegmentation, node.quality, node.device, False, listener
                     ),
                     self._segmented,
                 )
 
-    def _start(self, start: Any, onDone: Any) -> None:
-        """Start a run and show how it goes."""
-        from LCTfoundSlicer.run import Listener
-
-        self.ui.progressBar.visible = True
-        self.ui.progressBar.setValue(0)
-        self.ui.statusLabel.text = ""
-        listener = Listener(
-            onProgress=self._showProgress,
-            onWarning=lambda text: self._log(_("Warning: {text}").format(text=text)),
-            onLog=self._log,
-            onDone=lambda value: self._ended(lambda: onDone(value)),
-            onFailed=self._failed,
-            onCancelled=lambda: self._ended(lambda: self._say(_("Stopped; the scene is as it was."))),
-        )
-        self._run = start(listener)
-        self._updateButtons()
-
-    def _showProgress(self, stage: Any) -> None:
-        left = "" if stage.secondsLeft is None else _(", about {left} left").format(left=_duration(stage.secondsLeft))
-        self.ui.progressBar.setValue(round(1000 * stage.fraction))
-        self.ui.statusLabel.text = f"{stage.text}{left}"
-
-    def _ended(self, then: Any) -> None:
-        self._run = None
-        self.ui.progressBar.visible = False
-        then()
-        self._updateButtons()
-
-    def _failed(self, error: Any) -> None:
-        self._ended(lambda: self._say(str(error)))
-        self._log(str(error) + (f"\n{error.log}" if error.log else ""))
-        slicer.util.errorDisplay(str(error), windowTitle=_("LCTfound"), detailedText=error.log or None)
-
-    def _say(self, text: str) -> None:
-        self.ui.statusLabel.text = text
-
-    def _log(self, text: str) -> None:
-        self.ui.logText.appendPlainText(text)
-
     def _segmented(self, node: Any) -> None:
+        from LCTfoundSlicer.run_display import duration
+
         if node is None or self._parameterNode is None:
             return
         shown = self.tree.case is not None and self.tree.case.node is node
@@ -557,7 +517,7 @@ class LCTfoundLungSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservatio
             self._showResult(node)
         self._recolor()
         seconds = self.tree.case.result.get("provenance", {}).get("seconds", {})
-        self._say(_("Done in {time}.").format(time=_duration(sum(seconds.values()))))
+        self.display.say(_("Done in {time}.").format(time=duration(sum(seconds.values()))))
 
     # -- the result ------------------------------------------------------------------------------------------------
 
@@ -587,7 +547,7 @@ class LCTfoundLungSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservatio
             self._resultObservers.append((observed, event, method))
 
     def _boundariesChanged(self, caller: Any, event: Any) -> None:
-        if self._run is None:
+        if not self.display.isRunning:
             self.tree.refreshVolumes()
 
     def _displayChanged(self, caller: Any, event: Any) -> None:
@@ -686,12 +646,12 @@ class LCTfoundLungSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservatio
     def _correct(self, start: Any) -> None:
         with slicer.util.tryWithErrorDisplay(_("The branch could not be renamed.")):
             self._stopPicking()
-            self._start(start, self._corrected)
+            self.display.start(start, self._corrected)
 
     def _corrected(self, node: Any) -> None:
         self._showResult(node)
         self._recolor()
-        self._say(_("The territories follow the new names."))
+        self.display.say(_("The territories follow the new names."))
 
     def onEditButton(self) -> None:
         copy = self.logic.copyForEditing(self.tree.case.node)
@@ -709,7 +669,7 @@ class LCTfoundLungSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservatio
             slicer.util.warningDisplay(_("Choose a folder, at least one format, and at least one structure."))
             return
         with slicer.util.tryWithErrorDisplay(_("The export could not be started.")):
-            self._start(
+            self.display.start(
                 lambda listener: self.logic.exportModels(
                     self.tree.case.node,
                     node.exportFolder,
@@ -721,12 +681,12 @@ class LCTfoundLungSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservatio
                     False,
                     listener,
                 ),
-                lambda folder: self._say(_("Exported to {folder}").format(folder=folder)),
+                lambda folder: self.display.say(_("Exported to {folder}").format(folder=folder)),
             )
 
     def onTableButton(self) -> None:
         table = self.logic.volumesTable(self.tree.case.node)
-        self._say(_("Table '{name}' is in the scene.").format(name=table.GetName()))
+        self.display.say(_("Table '{name}' is in the scene.").format(name=table.GetName()))
         slicer.app.applicationLogic().GetSelectionNode().SetActiveTableID(table.GetID())
         slicer.app.applicationLogic().PropagateTableSelection()
 
@@ -742,11 +702,6 @@ def _formatBoxes(ui: Any) -> dict[str, Any]:
         "csv": ui.csvCheckBox,
         "report": ui.reportCheckBox,
     }
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"
 
 
 def _findingsText(case: Any) -> str:

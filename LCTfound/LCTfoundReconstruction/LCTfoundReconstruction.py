@@ -51,6 +51,12 @@ class LCTfoundReconstruction(ScriptedLoadableModule):
             "After: A lung CT vision foundation model facilitating disease diagnosis and medical imaging. "
             "Nature Communications (2025)."
         )
+        slicer.app.connect("startupCompleted()", self._onStartupCompleted)
+
+    def _onStartupCompleted(self) -> None:
+        from LCTfoundSlicer.comparison_views import registerLayouts
+
+        registerLayouts()
 
 
 @parameterNodeWrapper
@@ -498,12 +504,10 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
                 raise
 
     def _begin(self, listener: Any) -> Any:
-        from LCTfoundSlicer.comparison_views import currentPlace
-
         node, logic = self._parameterNode, self.logic
         slices = None
         if node.slices == "around":
-            slices = (currentPlace() or _middleOf(node.inputVolume), node.sliceCount)
+            slices = (_placeIn(node.inputVolume), node.sliceCount)
         common = {"slices": slices, "device": node.device, "waitForCompletion": False, "listener": listener}
         if node.task == "sparse_view":
             return logic.sparseView(node.inputVolume, node.views, node.tier, node.samples, **common)
@@ -518,13 +522,15 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
         )
 
     def _reconstructed(self, node: Any) -> None:
+        from LCTfoundSlicer.reconstruction_result import ReconstructionCase
         from LCTfoundSlicer.run_display import duration
 
-        if node is None or self._parameterNode is None:
-            return
-        self._parameterNode.result = node
-        self.showSideBySide()
-        seconds = self.case.told.get("provenance", {}).get("seconds", 0)
+        if self._parameterNode is not None:
+            self._parameterNode.result = node
+            self.showSideBySide()
+        else:  # another module is open by now: it is there on return, and the views stay as they are
+            self.logic.getParameterNode().result = node
+        seconds = ReconstructionCase(node).told.get("provenance", {}).get("seconds", 0)
         self.display.say(_("Done in {time}: {name}").format(time=duration(seconds), name=node.GetName()))
 
     # -- the result ------------------------------------------------------------------------------------------------
@@ -606,10 +612,14 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
             )
 
 
-def _middleOf(volume: Any) -> list[float]:
-    """RAS mm of the world."""
-    bounds = [0.0] * 6
+def _placeIn(volume: Any) -> list[float]:
+    """What is looked at, if that is at the volume's height, else its middle; RAS mm of the world."""
+    from LCTfoundSlicer.comparison_views import currentPlace
+
+    bounds, place = [0.0] * 6, currentPlace()
     volume.GetRASBounds(bounds)
+    if place is not None and bounds[4] <= place[2] <= bounds[5]:
+        return place
     return [(bounds[2 * axis] + bounds[2 * axis + 1]) / 2 for axis in range(3)]
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "fit",
     "isShown",
     "legendPixmap",
+    "registerLayouts",
     "setOverlay",
     "showSideBySide",
     "showVolumes",
@@ -25,12 +26,15 @@ __all__ = [
 BEFORE_VIEW, AFTER_VIEW = "LCTfoundBefore", "LCTfoundAfter"
 #: Layouts of Slicer's own and of other extensions have other numbers.
 _ALONE, _WITH_PLOT = 5261, 5262
+#: Linked views move together within their group only: the user's own views are in group 0.
+_GROUP = 5261
 _LEGEND_HEIGHT = 36
 
 _VIEW = """<item><view class="vtkMRMLSliceNode" singletontag="{name}">
  <property name="orientation" action="default">Axial</property>
  <property name="viewlabel" action="default">{label}</property>
  <property name="viewcolor" action="default">{color}</property>
+ <property name="viewgroup" action="default">{group}</property>
 </view></item>"""
 _PLOT = '<item splitSize="300"><view class="vtkMRMLPlotViewNode" singletontag="LCTfoundPlot"/></item>'
 
@@ -38,12 +42,23 @@ _PLOT = '<item splitSize="300"><view class="vtkMRMLPlotViewNode" singletontag="L
 def _layouts() -> dict[int, str]:
     """Descriptions by number."""
     views = [
-        _VIEW.format(name=BEFORE_VIEW, label=escape(_("B")), color="#D55E00"),
-        _VIEW.format(name=AFTER_VIEW, label=escape(_("A")), color="#0072B2"),
+        _VIEW.format(name=BEFORE_VIEW, label=escape(_("B")), color="#D55E00", group=_GROUP),
+        _VIEW.format(name=AFTER_VIEW, label=escape(_("A")), color="#0072B2", group=_GROUP),
     ]
     alone = f'<layout type="horizontal" split="true">{"".join(views)}</layout>'
     with_plot = f'<layout type="vertical" split="true"><item splitSize="700">{alone}</item>{_PLOT}</layout>'
     return {_ALONE: alone, _WITH_PLOT: with_plot}
+
+
+def registerLayouts() -> None:
+    """Tell Slicer the layouts, which a scene that was saved with one of them asks for."""
+    manager = slicer.app.layoutManager()
+    if manager is None:
+        return
+    layouts = manager.layoutLogic().GetLayoutNode()
+    for number, description in _layouts().items():
+        if not layouts.IsLayoutDescription(number):
+            layouts.AddLayoutDescription(number, description)
 
 
 def isShown() -> bool:
@@ -63,10 +78,7 @@ def showSideBySide(before: Any, after: Any, chart: Any = None) -> None:
     if manager is None:
         return
     place = currentPlace()
-    layouts = manager.layoutLogic().GetLayoutNode()
-    for number, description in _layouts().items():
-        if not layouts.IsLayoutDescription(number):
-            layouts.AddLayoutDescription(number, description)
+    registerLayouts()
     manager.setLayout(_ALONE if chart is None else _WITH_PLOT)
     if chart is not None:
         slicer.app.applicationLogic().GetSelectionNode().SetActivePlotChartID(chart.GetID())

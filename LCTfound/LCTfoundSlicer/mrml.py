@@ -12,6 +12,8 @@ import slicer
 import vtk
 from vtk.util import numpy_support
 
+from LCTfoundSlicer.translation import tr as _
+
 __all__ = [
     "BINARY_LABELMAP",
     "CLOSED_SURFACE",
@@ -155,7 +157,7 @@ def engineGeometry(volumeNode: Any, inWorld: bool = True) -> EngineGeometry:
         UnusableVolume: no image, or axes that are not at right angles.
     """
     if volumeNode is None or volumeNode.GetImageData() is None:
-        raise UnusableVolume("The volume holds no image; load a chest CT and choose it as input.")
+        raise UnusableVolume(_("The volume holds no image; load a chest CT and choose it as input."))
     ijkToRAS = _ijkToRAS(volumeNode)
     world, linear = _worldFromLocal(volumeNode)
     candidates = [world, np.eye(4)] if linear and inWorld else [np.eye(4)]
@@ -174,8 +176,10 @@ def engineGeometry(volumeNode: Any, inWorld: bool = True) -> EngineGeometry:
                 np.linalg.inv(frame) @ _FLIP,
             )
     raise UnusableVolume(
-        "The axes of the volume are not at right angles (a tilted gantry or a shear); resample it to a straight grid, "
-        "for example with Resample Scalar Volume, and use the result."
+        _(
+            "The axes of the volume are not at right angles (a tilted gantry or a shear); resample it to a straight "
+            "grid, for example with Resample Scalar Volume, and use the result."
+        )
     )
 
 
@@ -190,7 +194,7 @@ def writeArray(volumeNode: Any, path: Path) -> Iterator[float]:
     """
     array = slicer.util.arrayFromVolume(volumeNode)
     if array.ndim != 3:
-        raise UnusableVolume("The volume is a color or vector image; choose a CT in Hounsfield units.")
+        raise UnusableVolume(_("The volume is a color or vector image; choose a CT in Hounsfield units."))
     target = np.lib.format.open_memmap(path, mode="w+", dtype=array.dtype, shape=array.shape)
     slab = max(1, _SLAB_BYTES // max(1, array[0].nbytes))
     for start in range(0, len(array), slab):

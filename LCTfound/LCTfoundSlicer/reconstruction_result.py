@@ -152,10 +152,10 @@ class _Maker:
 
     def image(self, array: np.ndarray) -> Any:
         """The result: its name says that it is derived, and its attributes say all that is known."""
-        node = self._result = self._volume(self._named(_nature(self._told["nature"])), array, self._told["nature"])
+        nature, told = self._told["nature"], {_RESULT: json.dumps(self._told)}
+        node = self._result = self._volume(self._named(_nature(nature)), array, nature, told)
         self._showAsInput(node)
         node.SetDescription(self._told["notice"])
-        node.SetAttribute(_RESULT, json.dumps(self._told))
         node.SetNodeReferenceID(_CT, self._volumeNode.GetID())
         return node
 
@@ -170,12 +170,12 @@ class _Maker:
     def difference(self, array: np.ndarray) -> None:
         simulated = self._told["reference_name"] is not None
         node = self._volume(self._named(_("difference to the CT") if simulated else _("what changed")), array)
-        self._showAsMap(node, _differenceColors(), -_MOST_HU, _("Difference, HU"))
+        self._showAsMap(node, _differenceColors(self._made), -_MOST_HU, _("Difference, HU"))
         self._refer(_DIFFERENCE, node)
 
     def uncertainty(self, array: np.ndarray) -> None:
         node = self._volume(self._named(_("expected error")), array)
-        self._showAsMap(node, _uncertaintyColors(), 0, _("Expected error (90 %), HU"))
+        self._showAsMap(node, _uncertaintyColors(self._made), 0, _("Expected error (90 %), HU"))
         self._refer(_UNCERTAINTY, node)
 
     def plot(self) -> None:
@@ -208,7 +208,11 @@ class _Maker:
         self._refer(_CHART, chart)
 
     def undo(self) -> None:
+        """With the volumes goes what shows them, which the scene would keep."""
         for node in reversed(self._made):
+            if node.IsA("vtkMRMLDisplayableNode"):
+                for display in [node.GetNthDisplayNode(n) for n in range(node.GetNumberOfDisplayNodes())]:
+                    slicer.mrmlScene.RemoveNode(display)
             slicer.mrmlScene.RemoveNode(node)
 
     # -- parts -----------------------------------------------------------------------------------------------------
@@ -216,23 +220,33 @@ class _Maker:
     def _named(self, what: str) -> str:
         return f"{self._volumeNode.GetName()} {self._name} ({what})"
 
-    def _add(self, kind: str, name: str) -> Any:
-        node = slicer.mrmlScene.AddNewNodeByClass(kind, slicer.mrmlScene.GenerateUniqueName(name))
+    def _add(self, kind: str, name: str, attributes: Mapping[str, str] | None = None) -> Any:
+        """A node that has its attributes when it enters the scene: selectors look at them then."""
+        node = slicer.mrmlScene.CreateNodeByClass(kind)
+        node.UnRegister(None)
+        node.SetName(slicer.mrmlScene.GenerateUniqueName(name))
+        for key, value in {"LCTfound.IntendedUse": _USE, **(attributes or {})}.items():
+            node.SetAttribute(key, value)
+        slicer.mrmlScene.AddNode(node)
         self._made.append(node)
-        node.SetAttribute("LCTfound.IntendedUse", _USE)
         if kind != "vtkMRMLPlotSeriesNode":
             placeUnderStudyOf(node, self._volumeNode)
         return node
 
-    def _volume(self, name: str, array: np.ndarray, nature: str = "map of a reconstruction") -> Any:
-        node = self._add("vtkMRMLScalarVolumeNode", name)
+    def _volume(
+        self,
+        name: str,
+        array: np.ndarray,
+        nature: str = "map of a reconstruction",
+        attributes: Mapping[str, str] | None = None,
+    ) -> Any:
+        marks = {"LCTfound.Nature": nature, "LCTfound.Derived": "YES"}
+        marks["LCTfound.Synthetic"] = "YES" if self._told["synthetic"] else "NO"
+        node = self._add("vtkMRMLScalarVolumeNode", name, marks | dict(attributes or {}))
         slicer.util.updateVolumeFromArray(node, array)
         node.SetIJKToRASMatrix(self._ijkToRAS)
         node.SetAndObserveTransformNodeID(self._volumeNode.GetTransformNodeID())
         node.CreateDefaultDisplayNodes()
-        node.SetAttribute("LCTfound.Nature", nature)
-        node.SetAttribute("LCTfound.Derived", "YES")
-        node.SetAttribute("LCTfound.Synthetic", "YES" if self._told["synthetic"] else "NO")
         return node
 
     def _refer(self, role: str, node: Any) -> None:
@@ -283,24 +297,30 @@ def _curves(told: Mapping[str, Any]) -> tuple[dict[str, Sequence[float | None]],
 # -- colors of the maps ----------------------------------------------------------------------------------------------
 
 
-def _differenceColors() -> Any:
+def _differenceColors(made: list[Any]) -> Any:
     """Blue below, red above, black where there is no difference, as in the shell's report."""
     return _colorTable(
-        "LCTfound difference", ((0.55, 0.8, 1.0), (0.0, 0.35, 0.9), (0, 0, 0), (0.9, 0.2, 0.0), (1, 0.8, 0.4))
+        made, "LCTfound difference", ((0.55, 0.8, 1.0), (0.0, 0.35, 0.9), (0, 0, 0), (0.9, 0.2, 0.0), (1, 0.8, 0.4))
     )
 
 
-def _uncertaintyColors() -> Any:
+def _uncertaintyColors(made: list[Any]) -> Any:
     """Black where the result is sure; dark red to bright yellow where it is not."""
-    return _colorTable("LCTfound expected error", ((0, 0, 0), (0.45, 0.1, 0.3), (0.85, 0.3, 0.1), (1.0, 0.95, 0.45)))
+    return _colorTable(
+        made, "LCTfound expected error", ((0, 0, 0), (0.45, 0.1, 0.3), (0.85, 0.3, 0.1), (1.0, 0.95, 0.45))
+    )
 
 
-def _colorTable(name: str, stops: Sequence[Sequence[float]]) -> Any:
-    """The scene's color table of that name; where there is none, a new one, even steps between colors (RGB, 0-1)."""
+def _colorTable(made: list[Any], name: str, stops: Sequence[Sequence[float]]) -> Any:
+    """The scene's color table of that name; where there is none, a new one, even steps between colors (RGB, 0-1).
+
+    A new one is added to ``made``.
+    """
     table = slicer.mrmlScene.GetFirstNodeByName(name)
     if table is not None and table.IsA("vtkMRMLColorTableNode"):
         return table
     table = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLColorTableNode", name)
+    made.append(table)
     table.SetTypeToUser()
     table.SetNumberOfColors(256)
     places = np.linspace(0, 255, len(stops))

@@ -22,7 +22,7 @@ class RunDisplay:
         progressBar: QProgressBar from 0 to 1000.
         statusLabel: QLabel.
         logText: QPlainTextEdit.
-        changed: called when a run has begun or ended, and for each warning.
+        changed: called when a run has begun or ended.
     """
 
     progressBar: Any
@@ -39,7 +39,6 @@ class RunDisplay:
 
     def start(self, start: Callable[[Listener], PanelRun], onDone: Callable[[Any], None]) -> None:
         """Start a run; ``onDone`` gets what it was for."""
-        self.progressBar.visible = True
         self.progressBar.setValue(0)
         self.say("")
         listener = Listener(
@@ -51,6 +50,7 @@ class RunDisplay:
             onCancelled=lambda: self._ended(lambda: self.say(_("Stopped; the scene is as it was."))),
         )
         self.run = start(listener)
+        self.progressBar.visible = True
         self.changed()
 
     def cancel(self) -> None:
@@ -73,8 +73,10 @@ class RunDisplay:
     def _ended(self, then: Callable[[], None]) -> None:
         self.run = None
         self.progressBar.visible = False
-        then()
-        self.changed()
+        try:
+            then()
+        finally:  # the button starts again, whatever showing the result came to
+            self.changed()
 
     def _failed(self, error: RunFailed) -> None:
         self._ended(lambda: self.say(str(error)))

@@ -12,7 +12,7 @@ from skimage.metrics import structural_similarity
 
 from LCTfoundLib.anatomy.body import body_mask
 
-__all__ = ["RANGE_HU", "Agreement", "agreement_of", "bodies"]
+__all__ = ["RANGE_HU", "Agreement", "agreement_of", "bodies", "rmse_of"]
 
 _LOW, _HIGH = -1000.0, 1000.0
 RANGE_HU = _HIGH - _LOW
@@ -60,7 +60,7 @@ def agreement_of(
     seen = [k for k in range(len(masks)) if masks[k].any()]
     if not seen:
         return None
-    errors = [_rmse(reference[k], images[k], masks[k]) for k in seen]
+    errors = [rmse_of(reference[k], images[k], masks[k]) for k in seen]
     similar = [_ssim(reference[k], images[k], masks[k]) for k in seen] if min(reference.shape[1:]) >= _WINDOW else []
     covered = None
     if interval is not None:
@@ -70,7 +70,8 @@ def agreement_of(
     return Agreement(psnr, float(np.mean(similar)) if similar else None, float(np.mean(errors)), covered, len(seen))
 
 
-def _rmse(reference: np.ndarray, image: np.ndarray, mask: np.ndarray) -> float:
+def rmse_of(reference: np.ndarray, image: np.ndarray, mask: np.ndarray) -> float:
+    """Root of the mean squared difference of a slice (H, W) where the mask is, HU; the mask must not be empty."""
     return float(np.sqrt(np.mean((_clipped(image) - _clipped(reference))[mask] ** 2)))
 
 

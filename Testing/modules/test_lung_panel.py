@@ -29,9 +29,8 @@ def panel(host, shipped_weights):
     widget = slicer.modules.lctfoundlungsegmentation.widgetRepresentation().self()
     widget.enter()
     yield widget
-    if widget._run is not None:
-        widget._run.cancel()
-        _spin(lambda: widget._run is None, 10)
+    widget.display.cancel()
+    _spin(lambda: not widget.display.isRunning, 10)
     widget.exit()
 
 
@@ -121,7 +120,7 @@ def test_apply_segments_the_patient(host, panel, phantom_case) -> None:
     assert panel.ui.qualityComboBox.currentData == "fast"
     panel.ui.applyButton.click()
     assert panel.ui.applyButton.text == "Cancel" and not panel.ui.progressBar.isHidden()
-    _spin(lambda: panel._run is None, _LONG)
+    _spin(lambda: not panel.display.isRunning, _LONG)
     result = panel._parameterNode.outputSegmentation
     assert result is not None and panel.ui.applyButton.text == "Apply"
     assert hierarchy.GetItemParent(hierarchy.GetItemByDataNode(result)) == study
@@ -226,7 +225,7 @@ def _nodes() -> set[str]:
 def test_cancel_stops_within_a_second_and_leaves_the_scene_as_it_was(host, panel, phantom_case) -> None:
     nodes = _start(panel, phantom_case)
     panel.ui.applyButton.click()
-    assert _spin(lambda: panel._run is None, 5) < 1.0
+    assert _spin(lambda: not panel.display.isRunning, 5) < 1.0
     assert _nodes() == nodes and panel._parameterNode.outputSegmentation is None
     assert "Stopped" in panel.ui.statusLabel.text
 
@@ -234,7 +233,7 @@ def test_cancel_stops_within_a_second_and_leaves_the_scene_as_it_was(host, panel
 def test_closing_the_scene_while_running_stops_the_run(host, panel, phantom_case) -> None:
     _start(panel, phantom_case)
     slicer.mrmlScene.Clear(0)
-    _spin(lambda: panel._run is None, 5)
+    _spin(lambda: not panel.display.isRunning, 5)
     assert slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLSegmentationNode") is None
 
 
@@ -243,7 +242,7 @@ def test_a_worker_that_dies_costs_no_scene_and_the_next_run_works(host, panel, p
 
     nodes = _start(panel, phantom_case)
     os.kill(sharedRunner().workerPid, signal.SIGKILL)
-    _spin(lambda: panel._run is None, 5)
+    _spin(lambda: not panel.display.isRunning, 5)
     assert _nodes() == nodes
     assert panel.ui.statusLabel.text  # one sentence
     small = _load(phantom_case.ct.crop((0, 0, 0), (20, 20, 20)), "Corner")
@@ -346,10 +345,10 @@ def test_a_branch_is_picked_in_the_view_and_renamed_in_the_panel(finished) -> No
     other = next(code for code, _ in panel._picked.choices if code not in (0, panel._picked.segment))
     panel.ui.branchSegmentComboBox.setCurrentIndex(panel.ui.branchSegmentComboBox.findData(other))
     panel.ui.relabelButton.click()
-    _spin(lambda: panel._run is None, 60)
+    _spin(lambda: not panel.display.isRunning, 60)
     assert panel.ui.undoButton.enabled
     panel.ui.undoButton.click()
-    _spin(lambda: panel._run is None, 60)
+    _spin(lambda: not panel.display.isRunning, 60)
     np.testing.assert_array_equal(_arrays(segmentation, volume)[0], before)
     assert panel.ui.redoButton.enabled and not panel.ui.undoButton.enabled
 
@@ -430,7 +429,7 @@ def test_a_selection_is_exported_to_one_file_in_ras(finished, tmp_path) -> None:
         panel.ui.structureTree.topLevelItem(n).setCheckState(0, qt.Qt.Unchecked)
     panel.ui.selectionComboBox.setCurrentIndex(panel.ui.selectionComboBox.findData("shown"))
     panel.ui.exportButton.click()
-    _spin(lambda: panel._run is None, 60)
+    _spin(lambda: not panel.display.isRunning, 60)
     models = list((tmp_path / "chosen" / "models").rglob("*.stl"))
     assert len(models) == 1
     bounds = slicer.util.loadModel(str(models[0])).GetPolyData().GetBounds()

@@ -83,6 +83,17 @@ def _run(panel):
     return panel.case
 
 
+def _interpolate(panel, slices: int) -> None:
+    """Choose the quickest task there is: thick slices are made of some of the CT's, and made thin again."""
+    chosen = panel._parameterNode
+    chosen.task, chosen.mode, chosen.method, chosen.sliceMm = "super_resolution", "slices", "cubic", 12.0
+    chosen.sliceCount = slices
+
+
+def _nodes() -> set[str]:
+    return {node.GetID() for node in slicer.util.getNodes("*").values() if node.GetID()}
+
+
 def _cells(table) -> dict[str, list[str]]:
     rows = [[table.item(row, column).text() for column in range(3)] for row in range(table.rowCount)]
     return {first: rest for first, *rest in rows}
@@ -183,14 +194,15 @@ def test_two_linked_views_show_both_at_the_place_that_was_looked_at(host, panel,
         slicer.util.setSliceViewerLayers(background=chest, fit=True)
         red = host.layoutManager.sliceWidget("Red").mrmlSliceNode()
         red.SetSliceOffset(39.0)
-        panel._parameterNode.tier = "preview"
-        panel._parameterNode.sliceCount = 3
+        _interpolate(panel, 4)
         case = _run(panel)
         widgets = [host.layoutManager.sliceWidget(f"LCTfound{name}") for name in ("Before", "After")]
         left, right = (widget.mrmlSliceCompositeNode() for widget in widgets)
         assert left.GetBackgroundVolumeID() == case.before.GetID()
         assert right.GetBackgroundVolumeID() == case.node.GetID() and right.GetForegroundVolumeID() is None
         assert left.GetLinkedControl() and right.GetLinkedControl()
+        groups = [widget.mrmlSliceNode().GetViewGroup() for widget in widgets]
+        assert groups[0] == groups[1] != red.GetViewGroup()
         offsets = [widget.mrmlSliceNode().GetSliceOffset() for widget in widgets]
         np.testing.assert_allclose(offsets, 39.0, atol=3.1)
         panel.ui.mapComboBox.setCurrentIndex(panel.ui.mapComboBox.findData("difference"))
@@ -204,7 +216,7 @@ def test_two_linked_views_show_both_at_the_place_that_was_looked_at(host, panel,
 
 
 def test_what_is_missing_is_told_with_its_remedy(panel, chest) -> None:
-    """Weights that are not there, slices that cannot be had: one sentence, and nothing new in the scene."""
+    """Weights that are not there, numbers out of range: one sentence, and nothing new in the scene."""
     from LCTfoundSlicer.run import RunFailed
 
     count = slicer.mrmlScene.GetNumberOfNodes()
@@ -217,6 +229,10 @@ def test_what_is_missing_is_told_with_its_remedy(panel, chest) -> None:
     panel.ui.runButton.click()
     _spin(lambda: not panel.display.isRunning, _LONG)
     assert "low_dose_cold" in panel.ui.statusLabel.text and "fast tier" in panel.ui.statusLabel.text
+    panel.ui.keptSpinBox.setValue(12.5)
+    assert panel._parameterNode.keptMm == 12.5
+    with pytest.raises(RunFailed, match="from 60.0 mm on"):
+        panel.logic.lowDose(chest, keptMm=60.0, slices=((0, 0, 0), 1), device="cpu")
     with pytest.raises(RunFailed, match="0.75 to 3 mm"):
         panel.logic.superResolution(chest, None, 5.0, "cubic", simulate=False, device="cpu")
     assert slicer.mrmlScene.GetNumberOfNodes() == count
@@ -235,9 +251,35 @@ def test_cancel_stops_within_a_second_and_leaves_the_scene_as_it_was(panel, ches
     assert slicer.mrmlScene.GetNumberOfNodes() == count and "Stopped" in panel.ui.statusLabel.text
 
 
-def test_a_saved_scene_reopens_with_the_result(panel, chest, tmp_path) -> None:
-    panel._parameterNode.tier = "preview"
-    name = _run(panel).node.GetName()
+def test_what_was_half_shown_when_cancelled_is_taken_away(panel, chest) -> None:
+    from LCTfoundSlicer.run import Listener, RunState
+
+    there, asked = _nodes(), []
+
+    def cancel(stage) -> None:
+        if stage.fraction > 0.99:  # result, maps and their displays are in the scene
+            asked.append(len(_nodes() - there))
+            run.cancel()
+
+    slices = ((0, 0, 0), 4)
+    run = panel.logic.superResolution(
+        chest, None, 12.0, "cubic", slices=slices, device="cpu", waitForCompletion=False, listener=Listener(cancel)
+    )
+    assert run.wait(_LONG) is None and run.state is RunState.CANCELLED
+    assert asked and asked[0] >= 6 and _nodes() == there
+    assert not run.folder.exists()
+
+
+def test_a_result_waits_for_who_left_and_comes_back_with_a_saved_scene(panel, chest, tmp_path) -> None:
+    """Another module is open when the run ends; later the scene is saved and reopened, and the result removed."""
+    _interpolate(panel, 4)
+    panel.ui.runButton.click()
+    panel.exit()
+    _spin(lambda: not panel.display.isRunning, _LONG)
+    assert "Done" in panel.ui.statusLabel.text
+    panel.enter()
+    assert panel.case.isResult and panel.ui.exportButton.enabled
+    name = panel.case.node.GetName()
     assert slicer.util.saveScene(str(tmp_path / "scene.mrb"))
     slicer.mrmlScene.Clear(0)
     assert not panel.case.isResult
@@ -246,3 +288,6 @@ def test_a_saved_scene_reopens_with_the_result(panel, chest, tmp_path) -> None:
     assert panel._parameterNode.result.GetName() == name
     assert panel.case.before is not None and panel.case.difference is not None and panel.case.volumeNode is not None
     assert "RMSE, HU" in _cells(panel.ui.qualityTable)
+    slicer.mrmlScene.RemoveNode(panel.case.node)
+    assert not panel.case.isResult and not panel.ui.exportButton.enabled
+    assert panel.ui.qualityTable.rowCount == 0
