@@ -31,10 +31,10 @@ from LCTfoundLib.physics.image_quality import estimate_noise
 from LCTfoundLib.physics.noise import Dose, Kernel, measure, tube_current
 from LCTfoundLib.physics.projector import Projector
 from LCTfoundLib.physics.solvers import RampFilter
-from training.restoration import ImageSampler
+from training.restoration import ImageSampler, slice_psnr
 from training.shard_stream import Augmentation, Mixture
 
-__all__ = ["AIR", "LowDoseScanner", "LowDoseTask", "Pair", "add_lesions", "slice_psnr"]
+__all__ = ["AIR", "LowDoseScanner", "LowDoseTask", "Pair", "add_lesions"]
 
 #: What scanners cut their images at, -1024 HU, in units of water.
 AIR = -0.024
@@ -54,8 +54,6 @@ _SLICE_MM, _EDGE_MM = 2.5, 1.0
 _SCALE_WEIGHT = 0.01
 #: Error below which the loss is square, in units of water: 5 HU.
 _SOFT = 0.005
-#: Range that images are judged in, in units of water: -1000 to 1000 HU.
-_BRIGHTEST = 2.0
 #: Share of the full dose that scores are measured at; side of their images in mm.
 _SCORED_DOSE, _SCORED_FIELD_MM = 0.05, 384.0
 #: Half of the interval of a Laplace distribution that holds 90 %, in scales.
@@ -306,9 +304,3 @@ def _told_noise(noisy: Tensor, clean: Tensor, draw: _Draw) -> float:
     except UnsuitableImage:
         sigma = 1000 * float((noisy - clean).square().mean().sqrt())
     return draw.noise_off * sigma
-
-
-def slice_psnr(images: Tensor, wanted: Tensor) -> float:
-    """Mean over slices, the peak being 2,000 HU."""
-    square = (images.clamp(0, _BRIGHTEST) - wanted.clamp(0, _BRIGHTEST)).square().mean(dim=(1, 2))
-    return float((10 * torch.log10(_BRIGHTEST**2 / square)).mean())

@@ -19,7 +19,8 @@ from LCTfoundLib.networks.conditions import WIDE, Condition
 from LCTfoundLib.networks.foundation import load_foundation
 from LCTfoundLib.tasks.low_dose import COLD_WEIGHT
 from training.adapters.fit import restoration_loss
-from training.low_dose import LowDoseTask, slice_psnr
+from training.low_dose import LowDoseTask
+from training.restoration import slice_psnr
 from training.shard_stream import Mixture
 
 __all__ = ["ColdLowDoseTask"]

@@ -29,7 +29,10 @@ from training.export_backbone import DATA_NAMES, strictest
 from training.segmentation import StopOnSignal, commit_hash, hardware
 from training.shard_stream import Augmentation, Mixture, Source
 
-__all__ = ["ImageSampler", "RestorationTask", "Trainer", "main", "task_of"]
+__all__ = ["ImageSampler", "RestorationTask", "Trainer", "main", "slice_psnr", "task_of"]
+
+#: Range that images are judged in, in units of water: -1000 to 1000 HU.
+_BRIGHTEST = 2.0
 
 
 class ImageSampler:
@@ -54,6 +57,12 @@ class ImageSampler:
             levels = [index.neighbors(levels[0])[0], *levels, index.neighbors(levels[-1])[2]]
         hu = torch.from_numpy(np.stack([index.read(level) for level in levels]))
         return self.augmentation.place(hu, rng).clamp(min=-1000.0)
+
+
+def slice_psnr(images: Tensor, wanted: Tensor) -> float:
+    """Mean over slices in units of water, (N, H, W), the peak being 2,000 HU."""
+    square = (images.clamp(0, _BRIGHTEST) - wanted.clamp(0, _BRIGHTEST)).square().mean(dim=(1, 2))
+    return float((10 * torch.log10(_BRIGHTEST**2 / square)).mean())
 
 
 class RestorationTask(Protocol):

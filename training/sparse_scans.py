@@ -20,15 +20,13 @@ from LCTfoundLib.physics.geometry import FanBeam, ImageGrid, ParallelBeam
 from LCTfoundLib.physics.hounsfield import WATER_PER_MM
 from LCTfoundLib.physics.noise import Dose, measure
 from LCTfoundLib.physics.projector import Projector
-from training.restoration import ImageSampler
+from training.restoration import ImageSampler, slice_psnr
 from training.shard_stream import Augmentation, Mixture
 
 __all__ = ["Scan", "ScanGrid", "SparseScans", "soft_error"]
 
 #: Error below which the loss is square, in units of water: 20 HU.
 _SOFT = 0.02
-#: Range that images are judged in, in units of water: -1000 to 1000 HU.
-_BRIGHTEST = 2.0
 
 
 @dataclass(frozen=True)
@@ -114,10 +112,8 @@ class SparseScans:
             scan = self.held_out(8, views, None, device)
             if scan is None:
                 return {}
-            wanted = scan.wanted.clamp(max=_BRIGHTEST)
             for name, images in (("start", scan.measured.start), ("psnr", reconstruct(scan))):
-                square = (images.clamp(0, _BRIGHTEST) - wanted).square().mean(dim=(1, 2))
-                found[f"{name} {views}"] = float((10 * torch.log10(_BRIGHTEST**2 / square)).mean())
+                found[f"{name} {views}"] = slice_psnr(images, scan.wanted)
         return found
 
     def _scan(

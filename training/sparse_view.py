@@ -25,7 +25,7 @@ _TEXTS = {
     "limits": (
         "Research use, no medical device. What few views do not show is filled in from what chests look like, and may "
         "be wrong without looking so; the predicted error is trained on the same kind of images. Trained for a short "
-        "time on a CPU, on parallel beams."
+        "time on a CPU, mostly on parallel beams."
     ),
 }
 
