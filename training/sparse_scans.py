@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from LCTfoundLib.networks.unrolled import UnrolledInput
 from LCTfoundLib.physics.geometry import FanBeam, ImageGrid, ParallelBeam
@@ -23,7 +23,7 @@ from LCTfoundLib.physics.projector import Projector
 from training.restoration import ImageSampler, slice_psnr
 from training.shard_stream import Augmentation, Mixture
 
-__all__ = ["Scan", "ScanGrid", "SparseScans", "soft_error"]
+__all__ = ["Scan", "ScanGrid", "ScanTask", "SparseScans", "soft_error"]
 
 #: Error below which the loss is square, in units of water: 20 HU.
 _SOFT = 0.02
@@ -132,6 +132,36 @@ class SparseScans:
         noisy = measure(rays, dose, generator)
         told = UnrolledInput.of(noisy, projector, dose.unattenuated(noisy), dose.electronic_noise)
         return Scan(wanted, told, projector)
+
+
+class ScanTask:
+    """What the trainings of networks on such scans share.
+
+    Args:
+        network: trained; called with what was measured and the projector.
+        scans: that it is trained on.
+    """
+
+    def __init__(self, network: nn.Module, scans: SparseScans) -> None:
+        self.network, self.scans = network, scans
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def run(self, scan: Scan) -> Any:
+        """What the network answers."""
+        with torch.autocast(scan.wanted.device.type, torch.bfloat16):
+            return self.network(scan.measured, scan.projector)
+
+    def images(self, scan: Scan) -> Tensor:
+        """Of the answer, in units of water, (N, H, W)."""
+        return self.run(scan)
+
+    @torch.no_grad()
+    def scores(self) -> dict[str, float]:
+        """See ``SparseScans.scores``."""
+        return self.scans.scores(self.images, self.device)
 
 
 def soft_error(image: Tensor, wanted: Tensor) -> Tensor:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from LCTfoundLib.networks.restoration import RestorationConfig
-from LCTfoundLib.networks.unrolled import UNROLLED_WEIGHT, UnrolledConfig, UnrolledNet, UnrolledResult
+from LCTfoundLib.networks.unrolled import UNROLLED_WEIGHT, UnrolledConfig, UnrolledNet
 from training.shard_stream import Mixture
-from training.sparse_scans import Scan, SparseScans, soft_error
+from training.sparse_scans import Scan, ScanTask, SparseScans, soft_error
 
 __all__ = ["SparseViewTask"]
 
@@ -30,7 +29,7 @@ _TEXTS = {
 }
 
 
-class SparseViewTask:
+class SparseViewTask(ScanTask):
     """Training and scores of an ``UnrolledNet``.
 
     Args:
@@ -46,16 +45,15 @@ class SparseViewTask:
         shape, defaults = config["network"], UnrolledConfig()
         prior = RestorationConfig.from_dict(defaults.prior.to_dict() | shape.get("prior", {}))
         self.shape = UnrolledConfig(shape["iterations"], shape["steps"], prior)
-        self.network = UnrolledNet(self.shape)
-        self.scans = SparseScans(config, mixture, held_out)
+        super().__init__(UnrolledNet(self.shape), SparseScans(config, mixture, held_out))
 
     @property
     def parameters(self) -> dict[str, Any]:
         return self.shape.to_dict()
 
     def loss(self, step: int) -> Tensor:
-        scan = self.scans.of_step(step, self._device)
-        result = self._run(scan)
+        scan = self.scans.of_step(step, self.device)
+        result = self.run(scan)
         count = len(result.iterates)
         weights = [_EARLIER ** (count - 1 - n) for n in range(count)]
         loss = sum(
@@ -64,15 +62,5 @@ class SparseViewTask:
         missed = (result.images - scan.wanted).detach().abs()
         return loss + _SCALE_WEIGHT * (result.scale.log() + missed / result.scale).mean()
 
-    @torch.no_grad()
-    def scores(self) -> dict[str, float]:
-        """See ``SparseScans.scores``."""
-        return self.scans.scores(lambda scan: self._run(scan).images, self._device)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.network.parameters()).device
-
-    def _run(self, scan: Scan) -> UnrolledResult:
-        with torch.autocast(scan.wanted.device.type, torch.bfloat16):
-            return self.network(scan.measured, scan.projector)
+    def images(self, scan: Scan) -> Tensor:
+        return self.run(scan).images

@@ -31,7 +31,7 @@ from LCTfoundLib.physics.projector import Projector
 from LCTfoundLib.physics.solvers import filtered_back_projection
 from LCTfoundLib.weights.registry import Card
 from training.shard_stream import Mixture
-from training.sparse_scans import Scan, SparseScans, soft_error
+from training.sparse_scans import ScanTask, SparseScans, soft_error
 
 __all__ = [
     "DUAL_DOMAIN_WEIGHT",
@@ -84,7 +84,7 @@ class PostProcessingNet(nn.Module):
         return scan.start + change[:, 0].float()
 
 
-class PostProcessingTask:
+class PostProcessingTask(ScanTask):
     """Training and scores of a ``PostProcessingNet``.
 
     Args:
@@ -102,21 +102,15 @@ class PostProcessingTask:
 
     def __init__(self, config: Mapping[str, Any], mixture: Mixture, held_out: Mixture | None) -> None:
         self.shape = _shape(1, config["network"]["image"])
-        self.network = PostProcessingNet(self.shape)
-        self.scans = SparseScans(config, mixture, held_out)
+        super().__init__(PostProcessingNet(self.shape), SparseScans(config, mixture, held_out))
 
     @property
     def parameters(self) -> dict[str, Any]:
         return {"image": self.shape.to_dict()}
 
     def loss(self, step: int) -> Tensor:
-        scan = self.scans.of_step(step, _device(self.network))
-        return soft_error(_run(self.network, scan), scan.wanted)
-
-    @torch.no_grad()
-    def scores(self) -> dict[str, float]:
-        """See ``SparseScans.scores``."""
-        return self.scans.scores(lambda scan: _run(self.network, scan), _device(self.network))
+        scan = self.scans.of_step(step, self.device)
+        return soft_error(self.run(scan), scan.wanted)
 
 
 # -- networks in both domains ----------------------------------------------------------------------------------------
@@ -152,7 +146,7 @@ class DualDomainNet(nn.Module):
         return restored, back, image
 
 
-class DualDomainTask:
+class DualDomainTask(ScanTask):
     """Training and scores of a ``DualDomainNet``.
 
     Args:
@@ -170,15 +164,14 @@ class DualDomainTask:
 
     def __init__(self, config: Mapping[str, Any], mixture: Mixture, held_out: Mixture | None) -> None:
         self.shapes = {name: _shape(2, config["network"][name]) for name in ("sinogram", "image")}
-        self.network = DualDomainNet(**self.shapes)
-        self.scans = SparseScans(config, mixture, held_out)
+        super().__init__(DualDomainNet(**self.shapes), SparseScans(config, mixture, held_out))
 
     @property
     def parameters(self) -> dict[str, Any]:
         return {name: shape.to_dict() for name, shape in self.shapes.items()}
 
     def loss(self, step: int) -> Tensor:
-        scan = self.scans.of_step(step, _device(self.network))
+        scan = self.scans.of_step(step, self.device)
         complete = denser(scan.projector).forward(scan.wanted)
         with torch.autocast(scan.wanted.device.type, torch.bfloat16):
             restored, back, image = self.network.stages(scan.measured, scan.projector)
@@ -187,11 +180,6 @@ class DualDomainTask:
             + soft_error(back, scan.wanted)
             + soft_error(restored / _REFERENCE_PATH_MM, complete / _REFERENCE_PATH_MM)
         )
-
-    @torch.no_grad()
-    def scores(self) -> dict[str, float]:
-        """See ``SparseScans.scores``."""
-        return self.scans.scores(lambda scan: _run(self.network, scan), _device(self.network))
 
 
 def more_views(sinograms: Tensor) -> Tensor:
@@ -250,12 +238,3 @@ def load_dual_domain(folder: Path | None = None) -> tuple[DualDomainNet, Card]:
 def _shape(images: int, values: Mapping[str, Any]) -> RestorationConfig:
     """Of a net that sees some images and answers with one."""
     return RestorationConfig.from_dict({"in_channels": images, "out_channels": 1, "numbers": _NUMBERS} | dict(values))
-
-
-def _device(network: nn.Module) -> torch.device:
-    return next(network.parameters()).device
-
-
-def _run(network: nn.Module, scan: Scan) -> Tensor:
-    with torch.autocast(scan.wanted.device.type, torch.bfloat16):
-        return network(scan.measured, scan.projector)
