@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from LCTfoundLib.errors import LCTfoundError
+from LCTfoundLib.errors import LCTfoundError, WeightError
 from LCTfoundLib.runtime.files import atomic_path, output_errors
-from LCTfoundLib.weights.registry import Card, DataSource, save_weight
+from LCTfoundLib.weights.registry import Card, DataSource, load_weight, save_weight
 from training.export_backbone import DATA_NAMES, strictest
 from training.segmentation import StopOnSignal, commit_hash, hardware
 from training.shard_stream import Augmentation, Mixture, Source
@@ -198,12 +198,24 @@ class Trainer:
         self.average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def start_from(self, run: Path) -> None:
-        """Begin with the averaged weights of another run; a run that has begun keeps its own."""
+    def start_from(self, folder: Path) -> None:
+        """Begin with the averaged weights of another run, or with a weight of the task's name in a weights folder.
+
+        A run that has begun keeps its own.
+
+        Raises:
+            WeightError: the folder holds neither.
+        """
         if self.step:
             return
-        state = torch.load(run / "checkpoint.pt", map_location=self.device, weights_only=True)
-        self.network.load_state_dict(state["average"])
+        checkpoint = folder / "checkpoint.pt"
+        if checkpoint.exists():
+            found = torch.load(checkpoint, map_location=self.device, weights_only=True)["average"]
+        elif (folder / f"{self.task.name}.safetensors").exists():
+            _, found = load_weight(self.task.name, folder)
+        else:
+            raise WeightError(f"{folder} holds neither a run's checkpoint nor a weight '{self.task.name}'.")
+        self.network.load_state_dict(found)
         self.average = {key: value.detach().clone() for key, value in self.network.state_dict().items()}
 
     def export(self, folder: Path, version: str, numbers: dict[str, Any]) -> Card:
@@ -272,7 +284,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--held-out", type=Path, help="folder of shards to score on")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: checkpoint and log")
-    parser.add_argument("--start-from", type=Path, help="run whose averaged weights to begin with")
+    parser.add_argument("--start-from", type=Path, help="run, or folder of weights, to begin with")
     parser.add_argument("--minutes", type=float, default=math.inf, help="save and stop after this time")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="train nothing; write the weight")

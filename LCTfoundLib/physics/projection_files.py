@@ -27,7 +27,8 @@ DICOM-CT-PD
     One file a view: Chen et al., Med. Phys. 42 (2015) 6964; private tags of Moen et al., Med. Phys. 48 (2021) 902,
     table IV, and the data set's user manual, version 3. Seen from the table, its angle 0 is at 12 o'clock and rises
     counterclockwise, and with the detector at 6 o'clock column 1 is at the left and row 1 the farthest: our own
-    convention.
+    convention. Rows of an axial scan are fans; a helical scan, or one with a flying focal spot, becomes slices of
+    parallel views (:mod:`LCTfoundLib.physics.helical`).
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from torch import Tensor
 
 from LCTfoundLib.errors import UnsuitableProjections
 from LCTfoundLib.physics.geometry import Beam, Detector, FanBeam, ParallelBeam
+from LCTfoundLib.physics.helical import ConeRows, FocalSpot, ViewPlace, rebin
 from LCTfoundLib.physics.hounsfield import WATER_PER_MM
 from LCTfoundLib.physics.noise import check_line_integrals, line_integrals
 
@@ -68,6 +70,8 @@ _PLAIN = (ImplicitVRLittleEndian, ExplicitVRLittleEndian)
 _KNOWN = "a NumPy file (.npy, .npz), NRRD (.nrrd), or a folder of DICOM projections (DICOM-CT-PD)"
 #: Water between 150 keV and 40 keV.
 _WATER = (0.014, 0.028)
+#: Places of a flying focal spot: two in the plane times two along the patient.
+_MOST_SPOTS = 4
 #: Views whose table or focal spot moved by less have not moved.
 _SAME_PLACE_MM = 0.1
 #: Off its plane by more, at this distance from the isocenter, a row is no flat fan.
@@ -365,11 +369,9 @@ class _Tag:
     ANGLE_SHIFT = 0x7033_100B
     HEIGHT_SHIFT = 0x7033_100C
     DISTANCE_SHIFT = 0x7033_100D
-    FOCAL_SPOT = 0x7033_100E
     VIEWS_A_TURN = 0x7033_1013
     SPECTRUM = 0x7033_1063
     PHOTONS = 0x7033_1065
-    TRAJECTORY = 0x7037_1009
     LOG = 0x7039_1009
     WATER = 0x7041_1001
 
@@ -394,9 +396,7 @@ class _Scan:
     source_detector_mm: float
     central_column: float  # counted from 1
     central_row: float
-    focal_spot: str
     spectrum: int
-    trajectory: str
     water_per_mm: float
     views_a_turn: int
 
@@ -413,9 +413,7 @@ class _Scan:
             source_detector_mm=_values(header, _Tag.SOURCE_DETECTOR)[0],
             central_column=central[0],
             central_row=central[1],
-            focal_spot=_text(header, _Tag.FOCAL_SPOT) or "FFSNONE",
             spectrum=_whole(header, _Tag.SPECTRUM) if _Tag.SPECTRUM in header else 0,
-            trajectory=_text(header, _Tag.TRAJECTORY),
             water_per_mm=float(_text(header, _Tag.WATER)) if _Tag.WATER in header else WATER_PER_MM,
             views_a_turn=_whole(header, _Tag.VIEWS_A_TURN) if _Tag.VIEWS_A_TURN in header else 0,
         )
@@ -443,9 +441,7 @@ class _View:
     path: Path
     number: int
     scan: _Scan
-    angle: float
-    height: float
-    shift_mm: float  # of the focal spot from where the detector points
+    place: ViewPlace
     photons: np.ndarray | None
 
 
@@ -453,7 +449,9 @@ def _read_dicom(folder: Path, progress: Callable[[float], object] | None) -> Pro
     views = _views(folder, progress)
     scan = views[0].scan
     _check_scan(views, folder)
-    angles = [view.angle for view in views]
+    if _is_helical(views) or any(view.place.spot != FocalSpot() for view in views):
+        return _rebinned(views, progress)
+    angles = [view.place.angle for view in views]
     beam = scan.beam(angles)
     sinogram = np.empty((scan.rows, len(views), scan.columns), np.float32)
     for index, view in enumerate(views):
@@ -462,7 +460,7 @@ def _read_dicom(folder: Path, progress: Callable[[float], object] | None) -> Pro
             progress((1 + (index + 1) / len(views)) / 2)
     photons = [view.photons for view in views if view.photons is not None]
     # By rising height.
-    heights = views[0].height + scan.heights_mm[::-1]
+    heights = views[0].place.height_mm + scan.heights_mm[::-1]
     return Projections(
         torch.from_numpy(sinogram[::-1].copy()),
         beam,
@@ -471,6 +469,60 @@ def _read_dicom(folder: Path, progress: Callable[[float], object] | None) -> Pro
         tuple(heights.tolist()),
         tuple(_warnings(scan, len(views))),
     )
+
+
+def _rebinned(views: Sequence[_View], progress: Callable[[float], object] | None) -> Projections:
+    """Slices of parallel views."""
+    scan = views[0].scan
+    detector = ConeRows(
+        scan.rows,
+        scan.columns,
+        scan.row_mm,
+        scan.column_mm,
+        scan.central_row,
+        scan.central_column,
+        scan.source_isocenter_mm,
+        scan.source_detector_mm,
+        _SHAPES[scan.shape],
+    )
+    found = rebin(
+        detector,
+        [view.place for view in views],
+        lambda index: _rays(views[index]),
+        scan.views_a_turn or _views_a_turn(views),
+        most_rays=MAX_RAYS,
+        progress=None if progress is None else lambda share: progress((1 + share) / 2),
+    )
+    photons = [view.photons for view in views if view.photons is not None]
+    told = None
+    if len(photons) == len(views):
+        # What the tube's current changed from view to view is averaged; what interpolation smooths is not counted.
+        known = np.mean(photons, axis=0) * found.averaged
+        told = torch.from_numpy(np.interp(found.columns, np.arange(scan.columns), known).astype(np.float32))
+    shown = f"{found.heights_mm[1] - found.heights_mm[0]:.3g} mm" if len(found.heights_mm) > 1 else "one height"
+    note = (
+        f"The scan was rebinned to {len(found.sinogram)} slices ({shown}) of {found.beam.views} parallel views each; "
+        "far from the axis its cone blurs them along the patient."
+    )
+    return Projections(
+        torch.from_numpy(found.sinogram),
+        found.beam,
+        scan.water_per_mm,
+        told,
+        tuple(found.heights_mm.tolist()),
+        (note,),
+    )
+
+
+def _views_a_turn(views: Sequence[_View]) -> int:
+    """By the angles between the views."""
+    steps = np.abs(np.diff(np.unwrap([view.place.angle for view in views])))
+    return round(2 * math.pi / max(float(np.median(steps)), 1e-4))
+
+
+def _is_helical(views: Sequence[_View]) -> bool:
+    heights = [view.place.height_mm for view in views]
+    return max(heights) - min(heights) > _SAME_PLACE_MM
 
 
 def _views(folder: Path, progress: Callable[[float], object] | None) -> list[_View]:
@@ -512,9 +564,7 @@ def _view(path: Path) -> _View:
             path,
             int(header.get("InstanceNumber", 0) or 0),
             scan,
-            _values(header, _Tag.ANGLE)[0],
-            _values(header, _Tag.HEIGHT)[0],
-            max(abs(shift[0]) * scan.source_isocenter_mm, abs(shift[1]), abs(shift[2])),
+            ViewPlace(_values(header, _Tag.ANGLE)[0], _values(header, _Tag.HEIGHT)[0], _spot(shift, scan)),
             None if photons is None or not (photons > 0).all() else photons.astype(np.float32),
         )
     except _Broken:
@@ -524,6 +574,13 @@ def _view(path: Path) -> _View:
     if log == "NO":
         raise _Broken("holds intensities, not their logarithm")
     return view
+
+
+def _spot(shift: Sequence[float], scan: _Scan) -> FocalSpot:
+    """The focal spot's place; one that hardly moved has not moved, and equal ones are equal."""
+    if max(abs(shift[0]) * scan.source_isocenter_mm, abs(shift[1]), abs(shift[2])) <= _SAME_PLACE_MM:
+        return FocalSpot()
+    return FocalSpot(round(shift[0], 4), round(shift[1], 2), round(shift[2], 2))
 
 
 def _dataset(path: Path, stop_before_pixels: bool = False) -> Dataset:
@@ -565,20 +622,10 @@ def _check_scan(views: Sequence[_View], folder: Path) -> None:
             f"{other.path.name} is of another scan, spectrum or detector than {views[0].path.name}; give a folder with "
             "the views of one."
         )
-    heights = [view.height for view in views]
-    if scan.trajectory == "HELICAL":
+    if len({view.place.spot for view in views}) > _MOST_SPOTS:
         raise UnsuitableProjections(
-            f"{name} is a helical scan, and only axial ones (the table at rest for a whole turn) can be read; rebin it "
-            "to fan-beam slices and give them as .npz, or reconstruct it on the scanner."
-        )
-    if max(heights) - min(heights) > _SAME_PLACE_MM:
-        raise UnsuitableProjections(
-            f"The table moves by {max(heights) - min(heights):.1f} mm in {name}; give the views of one position."
-        )
-    if scan.focal_spot != "FFSNONE" or max(view.shift_mm for view in views) > _SAME_PLACE_MM:
-        raise UnsuitableProjections(
-            f"{name} was taken with a flying focal spot ({scan.focal_spot}), which is not supported; give a scan "
-            "without, or rebin it to fan-beam slices and give them as .npz."
+            f"The focal spot of {name} moves to more than {_MOST_SPOTS} places; give a scan with fewer, or rebin it to "
+            "fan-beam slices and give them as .npz."
         )
     if scan.shape not in _SHAPES:
         raise UnsuitableProjections(f"The detector of {name} is of unknown form ({scan.shape}); give another scan.")
