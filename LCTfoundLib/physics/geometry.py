@@ -178,7 +178,7 @@ class Beam:
 
         Missing views and uneven angles are made up for so far as their neighbors can.
         """
-        order, gaps = self._gaps()
+        order, gaps = self.gaps()
         weights = np.empty(self.views)
         weights[order] = (gaps + np.roll(gaps, 1)) / 2
         return weights
@@ -186,9 +186,9 @@ class Beam:
     @property
     def widest_gap(self) -> float:
         """The widest angle between neighboring views, radians; the turn for a single one."""
-        return float(self._gaps()[1].max())
+        return float(self.gaps()[1].max())
 
-    def _gaps(self) -> tuple[np.ndarray, np.ndarray]:
+    def gaps(self) -> tuple[np.ndarray, np.ndarray]:
         """Order of the views by angle within a turn, and the gap after each of them."""
         within = np.mod(np.asarray(self.angles), self.turn)
         # A rounding error below a whole turn is a whole turn, not the other end of it.

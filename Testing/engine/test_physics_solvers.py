@@ -121,6 +121,16 @@ class TestFilteredBackProjection:
         assert rms_hu(found, blobs.image(GRID)) < 6
         assert float(found.mean()) == pytest.approx(float(blobs.image(GRID).mean()), rel=2e-3)
 
+    @pytest.mark.parametrize("degrees", [240, 270, 300])
+    @pytest.mark.parametrize("beam", ["arc", "shifted arc", "flat"])
+    def test_a_short_scan_shows_what_a_full_turn_shows(self, rng, beam, degrees):
+        """In any order, from any side."""
+        blobs, full = Blobs(rng), BEAMS[beam].sparse(360)
+        first, order = int(rng.integers(360)), rng.permutation(degrees)
+        short = full.subset([(first + view) % 360 for view in order])
+        found = filtered_back_projection(Projector(GRID, short), blobs.sinogram(short).float())
+        assert rms_hu(found, blobs.image(GRID)) < 2
+
     def test_soft_windows_have_less_noise(self):
         projector = Projector(GRID, ParallelBeam.around(GRID, 60))
         noise = torch.randn(projector.sinogram_shape)
@@ -135,7 +145,8 @@ class TestFilteredBackProjection:
 
     def test_gaps_that_it_cannot_bridge_are_told(self):
         full, half = FanBeam.siemens(36), FanBeam.siemens(36).subset(range(20))
-        for beam in (half, full.sparse(1), ParallelBeam.around(GRID, 36).subset(range(20))):
+        holed = FanBeam.siemens(360).subset([view for view in range(270) if not 100 < view < 160])
+        for beam in (half, holed, full.sparse(1), ParallelBeam.around(GRID, 36).subset(range(20))):
             projector = Projector(GRID, beam)
             with pytest.raises(UnsuitableProjections, match="gap of .* total variation"):
                 filtered_back_projection(projector, torch.rand(projector.sinogram_shape))
