@@ -23,8 +23,7 @@ from LCTfoundLib.export.derived_series import DicomSource
 from LCTfoundLib.export.marking import Nature
 from LCTfoundLib.export.output_folder import MANIFEST, check_output_folder
 from LCTfoundLib.export.reconstruction import KIND, Reconstruction, write_reconstruction
-from LCTfoundLib.export.reconstruction_pictures import line_plot
-from LCTfoundLib.export.slices import Picture
+from LCTfoundLib.export.reconstruction_pictures import Curves
 from LCTfoundLib.physics.geometry import ImageGrid
 from LCTfoundLib.physics.noise import SOFT, Dose, add_image_noise
 from LCTfoundLib.physics.projection_files import Projections, read_projections
@@ -546,7 +545,7 @@ def low_dose_of(part: CtSlices, options: LowDoseOptions, progress: Progress) -> 
         numbers=part.numbers,
         warnings=result.warnings,
         notes=warnings_of(ct),
-        plots=_noise_plots(result),
+        curves=_noise_spectra(result),
         facts=_noise_facts(result, options),
         provenance=result.provenance | {"source": part.source, "simulated": {"dose": options.simulate}},
         source=part.identity,
@@ -580,14 +579,14 @@ def _with_reference(content: Reconstruction, reference: Volume, note: str) -> Re
     )
 
 
-def _noise_plots(result: LowDoseResult) -> list[Picture]:
+def _noise_spectra(result: LowDoseResult) -> list[Curves]:
     """Noise-power spectra: a smooth image has lost what its noise has lost."""
     noise = result.noise
     if noise is None:
         return []
-    curves = {"before": noise.before, "after": noise.after, "removed": noise.removed}
+    spectra = {"before": noise.before, "after": noise.after, "removed": noise.removed}
     caption = f"Noise power by frequency, HU^2 mm^2, in {noise.regions} flat regions of {noise.tissue.value}"
-    return [Picture(line_plot(noise.frequency, curves, "1/mm", ""), caption)]
+    return [Curves("noise spectrum", caption, noise.frequency, spectra, "1/mm")]
 
 
 def _noise_facts(result: LowDoseResult, options: LowDoseOptions) -> dict[str, str]:

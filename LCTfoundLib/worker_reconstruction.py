@@ -218,6 +218,7 @@ def _write(content: Reconstruction, folder: Path) -> None:
         "reference_name": content.reference_name if content.reference is not None else None,
         "facts": dict(content.facts),
         "errors": errors_of_slices(content),
+        "curves": [curves.told() for curves in content.curves],
         "marks": {"title": content.marks.title, "derivation": content.marks.derivation},
         "files": sorted(kept),
         "grid": {

@@ -364,6 +364,7 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
         self.ui.runButton.connect("clicked(bool)", self.onRunButton)
         self.ui.sideBySideButton.connect("clicked(bool)", lambda *_: self.showSideBySide())
         self.ui.plotButton.connect("clicked(bool)", lambda *_: self.showSideBySide(withPlot=True))
+        self.ui.plotComboBox.connect("activated(int)", lambda *_: self.showSideBySide(withPlot=True))
         self.ui.leftComboBox.connect("currentIndexChanged(int)", lambda *_: self._showVolumes())
         self.ui.mapComboBox.connect("currentIndexChanged(int)", lambda *_: self._showMap())
         self.ui.opacitySlider.connect("valueChanged(int)", lambda *_: self._showMap())
@@ -481,7 +482,7 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
         for widget in (ui.inputSelector, ui.taskComboBox, *pages, ui.slicesComboBox, ui.deviceComboBox):
             widget.enabled = not running
         ui.sideBySideButton.enabled = result
-        ui.plotButton.enabled = result and case.chart is not None
+        ui.plotButton.enabled = ui.plotComboBox.enabled = bool(result and case.charts)
         ui.leftComboBox.enabled = result and case.isSimulated
         ui.mapComboBox.enabled = ui.opacitySlider.enabled = result
         ui.exportButton.enabled = result and not running
@@ -547,6 +548,9 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
         case = self.case
         self.ui.warningsText.html = _warnings(case.told) if case.isResult else ""
         self.ui.factsLabel.text = _facts(case.told) if case.isResult else ""
+        self.ui.plotComboBox.clear()
+        for chart in case.charts:
+            self.ui.plotComboBox.addItem(case.shownBy(chart))
         self._showQuality()
         self._showMap()
         self._updateButtons()
@@ -571,8 +575,13 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
 
         case = self.case
         if case.isResult:
-            showSideBySide(self._left(), case.node, case.chart if withPlot else None)
+            showSideBySide(self._left(), case.node, self._chart() if withPlot else None)
             self._showMap()
+
+    def _chart(self) -> Any:
+        """The plot that is chosen; None where the result has none."""
+        charts = self.case.charts
+        return charts[max(self.ui.plotComboBox.currentIndex, 0)] if charts else None
 
     def _left(self) -> Any:
         case = self.case

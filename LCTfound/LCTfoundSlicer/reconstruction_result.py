@@ -27,6 +27,8 @@ _BEFORE = "LCTfound.Before"
 _DIFFERENCE = "LCTfound.Difference"
 _UNCERTAINTY = "LCTfound.Uncertainty"
 _CHART = "LCTfound.Chart"
+#: Of a chart: what it shows, for a menu.
+_SHORT = "LCTfound.ChartShows"
 _RESULT = "LCTfound.Reconstruction"
 _USE = "Research use only; not a medical device."
 #: Maps are shown up to this many HU, as in the shell's report.
@@ -80,9 +82,17 @@ class ReconstructionCase:
         return self._reference(_UNCERTAINTY)
 
     @property
-    def chart(self) -> Any:
-        """Plot over the slices."""
-        return self._reference(_CHART)
+    def charts(self) -> list[Any]:
+        """Plots: over the slices, and what else the method told in curves."""
+        if not self.node:
+            return []
+        found = [self.node.GetNthNodeReference(_CHART, n) for n in range(self.node.GetNumberOfNodeReferences(_CHART))]
+        return [chart for chart in found if chart is not None]
+
+    @staticmethod
+    def shownBy(chart: Any) -> str:
+        """What a chart shows, for a menu."""
+        return chart.GetAttribute(_SHORT) or chart.GetName()
 
     @property
     def isSimulated(self) -> bool:
@@ -134,7 +144,7 @@ def applyReconstruction(
         if "interval" in arrays:
             maker.uncertainty(arrays["interval"])
         yield 0.85
-        maker.plot()
+        maker.plots()
         yield 0.95
     except BaseException:
         maker.undo()
@@ -178,34 +188,52 @@ class _Maker:
         self._showAsMap(node, _uncertaintyColors(self._made), 0, _("Expected error (90 %), HU"))
         self._refer(_UNCERTAINTY, node)
 
-    def plot(self) -> None:
-        """Error of each slice where there is a reference, else what each leaves of the measurements unexplained."""
+    def plots(self) -> None:
+        """Error of each slice where there is a reference, else what each leaves of the measurements unexplained.
+
+        Then what else the engine tells in curves, such as the noise's spectra.
+        """
         curves, unit = _curves(self._told)
         count = max((len(values) for values in curves.values()), default=0)
-        if count < 2:
-            return
-        numbers = list(self._told["slices"] or range(1, count + 1))
-        table = self._add("vtkMRMLTableNode", self._named(_("by slice")))
-        for title, values in {_("Slice"): numbers, **curves}.items():
+        if count > 1:
+            numbers = list(self._told["slices"] or range(1, count + 1))
+            self._plot(_("by slice"), unit, (_("Slice"), numbers), curves)
+        for told in self._told.get("curves", []):
+            what = {"noise spectrum": _("noise spectrum")}.get(told["title"], told["title"])
+            self._plot(what, told["caption"], (told["axis"], told["x"]), told["values"], marked=False)
+
+    def _plot(
+        self,
+        what: str,
+        title: str,
+        axis: tuple[str, Sequence[float]],
+        curves: Mapping[str, Sequence[float | None]],
+        marked: bool = True,
+    ) -> None:
+        """A chart with its table and series."""
+        below, places = axis
+        table = self._add("vtkMRMLTableNode", self._named(what))
+        for name, values in {below: places, **curves}.items():
             plain = np.array([np.nan if value is None else float(value) for value in values])
             column = numpy_support.numpy_to_vtk(plain, deep=True)
-            column.SetName(title)
+            column.SetName(name)
             table.AddColumn(column)
         table.SetUseColumnTitleAsColumnHeader(True)
-        chart = self._add("vtkMRMLPlotChartNode", self._named(_("plot")))
-        chart.SetTitle(self._named(unit))
-        chart.SetXAxisTitle(_("Slice"))
-        chart.SetYAxisTitle(unit)
-        for title, color in zip(curves, _CURVES, strict=False):
-            series = self._add("vtkMRMLPlotSeriesNode", title)
+        chart = self._add("vtkMRMLPlotChartNode", self._named(f"{what}, {_('plot')}"), {_SHORT: what})
+        chart.SetTitle(self._named(title))
+        chart.SetXAxisTitle(below)
+        chart.SetYAxisTitle(title)
+        style = slicer.vtkMRMLPlotSeriesNode
+        for name, color in zip(curves, _CURVES, strict=False):
+            series = self._add("vtkMRMLPlotSeriesNode", name)
             series.SetAndObserveTableNodeID(table.GetID())
-            series.SetXColumnName(_("Slice"))
-            series.SetYColumnName(title)
-            series.SetPlotType(slicer.vtkMRMLPlotSeriesNode.PlotTypeScatter)
-            series.SetMarkerStyle(slicer.vtkMRMLPlotSeriesNode.MarkerStyleCircle)
+            series.SetXColumnName(below)
+            series.SetYColumnName(name)
+            series.SetPlotType(style.PlotTypeScatter)
+            series.SetMarkerStyle(style.MarkerStyleCircle if marked else style.MarkerStyleNone)
             series.SetColor(*color)
             chart.AddAndObservePlotSeriesNodeID(series.GetID())
-        self._refer(_CHART, chart)
+        self._result.AddNodeReferenceID(_CHART, chart.GetID())
 
     def undo(self) -> None:
         """With the volumes goes what shows them, which the scene would keep."""
@@ -281,8 +309,8 @@ def _nature(nature: str) -> str:
     return words.get(nature, _("derived"))
 
 
-#: Of the curves of a plot: before, after (Okabe and Ito).
-_CURVES = ((0.835, 0.369, 0.0), (0.0, 0.447, 0.698))
+#: Of the curves of a plot: before, after, removed (Okabe and Ito).
+_CURVES = ((0.835, 0.369, 0.0), (0.0, 0.447, 0.698), (0.4, 0.4, 0.4))
 
 
 def _curves(told: Mapping[str, Any]) -> tuple[dict[str, Sequence[float | None]], str]:

@@ -34,6 +34,7 @@ from LCTfoundLib.export.page import STYLE, figure, finding_line, picture_row, pr
 from LCTfoundLib.export.reconstruction_pictures import (
     LUNG,
     SOFT_TISSUE,
+    Curves,
     ReconstructionPainter,
     Window,
     residual_plot,
@@ -70,7 +71,7 @@ class Reconstruction:
         agreement: with the reference, by the name of the image that was compared.
         warnings: sentences to read first.
         notes: sentences to read, too.
-        plots: of the report, beside that of the residual.
+        curves: plots of the report, beside that of the residual.
         facts: lines for the report's head.
         provenance: how it came about.
         source: DICOM files that it was computed from.
@@ -91,7 +92,7 @@ class Reconstruction:
     agreement: Mapping[str, Agreement] = field(default_factory=dict)
     warnings: Sequence[str] = ()
     notes: Sequence[str] = ()
-    plots: Sequence[Picture] = ()
+    curves: Sequence[Curves] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     source: DicomSource = field(default_factory=DicomSource)
@@ -282,7 +283,7 @@ def _agreement_row(name: str, found: Agreement, told: bool) -> str:
 
 def _residual(content: Reconstruction) -> str:
     if content.residual is None:
-        return "".join(f"<h2>What was done to the image</h2>{figure(plot)}" for plot in content.plots)
+        return "".join(f"<h2>What was done to the image</h2>{figure(curves.picture)}" for curves in content.curves)
     plot = residual_plot(content.residual, content.numbers or range(1, len(content.residual) + 1))
     text = f"What the image leaves unexplained: {100 * float(content.residual.mean()):.2g} % of the measurements"
     return (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -18,9 +19,9 @@ from LCTfoundLib.volume import Volume
 __all__ = [
     "LUNG",
     "SOFT_TISSUE",
+    "Curves",
     "ReconstructionPainter",
     "Window",
-    "line_plot",
     "residual_plot",
     "side_by_side",
 ]
@@ -43,6 +44,37 @@ class Window:
     low: float
     high: float
     name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """Curves over a common axis, from zero up, for reports and for the panel's own plots.
+
+    Attributes:
+        title: what they are, in a word or two.
+        caption: the same in a sentence.
+        x: rising, (N,).
+        values: of at least 0, (N,), by name; an empty name is not shown.
+        axis: name of the axis.
+        unit: of the values, for the axis.
+    """
+
+    title: str
+    caption: str
+    x: Sequence[float]
+    values: Mapping[str, Sequence[float] | np.ndarray]
+    axis: str
+    unit: str = ""
+
+    @property
+    def picture(self) -> Picture:
+        return Picture(_line_plot(self), self.caption)
+
+    def told(self) -> dict[str, Any]:
+        """For JSON."""
+        values = {name: [float(value) for value in curve] for name, curve in self.values.items()}
+        kept = {"title": self.title, "caption": self.caption, "axis": self.axis, "unit": self.unit}
+        return kept | {"x": [float(place) for place in self.x], "values": values}
 
 
 LUNG = Window(-1300.0, 300.0, "lung window")
@@ -170,20 +202,11 @@ def residual_plot(residual: np.ndarray, slices: Sequence[int]) -> Image.Image:
         residual: shares, (N,).
         slices: their numbers.
     """
-    return line_plot(slices, {"": 100 * residual}, "slice", " %")
+    return _line_plot(Curves("", "", slices, {"": 100 * residual}, "slice", " %"))
 
 
-def line_plot(
-    x: Sequence[float], curves: Mapping[str, Sequence[float] | np.ndarray], below: str, unit: str
-) -> Image.Image:
-    """Curves over a common axis, from zero up.
-
-    Args:
-        x: rising, (N,).
-        curves: values of at least 0, (N,), by name; an empty name is not shown.
-        below: name of the axis.
-        unit: of the values.
-    """
+def _line_plot(shown: Curves) -> Image.Image:
+    x, curves = shown.x, shown.values
     plot = Image.new("RGB", (1040, 240), (255, 255, 255))
     draw = ImageDraw.Draw(plot)
     left, right, top, bottom = 90, 1020, 16, 190
@@ -197,10 +220,10 @@ def line_plot(
     for share in (0.0, 0.5, 1.0):
         y = place(first, share * highest)[1]
         draw.line((left, y, right, y), fill=(223, 228, 234))
-        _label(plot, (left - 8, int(y)), f"{share * highest:g}{unit}", "rm")
+        _label(plot, (left - 8, int(y)), f"{share * highest:g}{shown.unit}", "rm")
     for number in dict.fromkeys((first, (first + last) / 2, last)):
         _label(plot, (int(place(number, 0)[0]), bottom + 8), f"{number:.3g}", "mt")
-    _label(plot, ((left + right) // 2, 238), below, "mb")
+    _label(plot, ((left + right) // 2, 238), shown.axis, "mb")
     for place_of_name, (name, values) in enumerate(curves.items()):
         color = _CURVES[place_of_name % len(_CURVES)]
         points = [place(number, float(value)) for number, value in zip(x, values, strict=True)]

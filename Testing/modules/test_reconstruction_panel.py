@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from vtk.util.numpy_support import vtk_to_numpy
 
 slicer = pytest.importorskip("slicer", reason="slicer-core is not installed: pip install -e '.[host]'")
 
@@ -135,7 +136,7 @@ def test_few_views_become_a_marked_volume_beside_what_there_was(host, panel, che
     assert error.mean() < 25
     np.testing.assert_array_equal(_array(case.difference)[:, 8:52], image[:, 8:52] - before[first : first + 2])
     assert case.uncertainty is None and "Filtered" in case.before.GetName() and case.before is not chest
-    assert case.chart.GetNumberOfPlotSeriesNodes() == 2
+    assert [chart.GetNumberOfPlotSeriesNodes() for chart in case.charts] == [2]
     assert "16 views" in panel.ui.warningsText.plainText and "SIMULATED SCAN" in panel.ui.warningsText.plainText
     cells = _cells(panel.ui.qualityTable)
     assert float(cells["PSNR, dB"][1]) > float(cells["PSNR, dB"][0])
@@ -211,6 +212,38 @@ def test_two_linked_views_show_both_at_the_place_that_was_looked_at(host, panel,
         assert left.GetBackgroundVolumeID() == chest.GetID()
         red_layers = host.layoutManager.sliceWidget("Red").mrmlSliceCompositeNode()
         assert red_layers.GetBackgroundVolumeID() == chest.GetID() and red.GetSliceOffset() == 39.0
+    finally:
+        host.close_window()
+
+
+def test_the_noise_spectra_are_a_plot_of_their_own(host, panel, rng) -> None:
+    """With the shipped net: what became of the noise of each frequency, beside the error of each slice."""
+    row, column = np.mgrid[-80:80, -100:100]
+    hu = np.where((column / 92) ** 2 + (row / 70) ** 2 < 1, 40, -1000).astype(np.int16)
+    hu[np.hypot(np.abs(column) - 50, row) < 25] = -860
+    hu = hu + rng.normal(0, 5, (40, *hu.shape)).astype(np.int16)
+    volume = slicer.util.addVolumeFromArray(hu, name="Noisy", nodeClassName="vtkMRMLScalarVolumeNode")
+    volume.SetSpacing(1.8, 1.8, 6.0)
+    result = panel.logic.lowDose(volume, simulate=0.1, keptMm=0.0, slices=((180, 144, 120), 2), device="cpu")
+    panel._parameterNode.result = result
+    combo, case = panel.ui.plotComboBox, panel.case
+    assert [combo.itemText(n) for n in range(combo.count)] == ["by slice", "noise spectrum"]
+    assert panel.ui.plotButton.enabled and combo.enabled
+    chart = case.charts[1]
+    series = [chart.GetNthPlotSeriesNode(n) for n in range(chart.GetNumberOfPlotSeriesNodes())]
+    assert [one.GetYColumnName() for one in series] == ["before", "after", "removed"]
+    table = series[0].GetTableNode().GetTable()
+    power = {name: vtk_to_numpy(table.GetColumnByName(name)) for name in ("1/mm", "before", "after", "removed")}
+    assert (np.diff(power["1/mm"]) > 0).all() and power["after"].sum() < 0.8 * power["before"].sum()
+    told = case.told["curves"][0]
+    np.testing.assert_allclose(power["removed"], told["values"]["removed"])
+    try:
+        host.open_window()
+        combo.setCurrentIndex(1)
+        panel.ui.plotButton.click()
+        view = slicer.mrmlScene.GetSingletonNode("LCTfoundPlot", "vtkMRMLPlotViewNode")
+        assert view is None or view.GetPlotChartNodeID() == chart.GetID()
+        assert slicer.app.applicationLogic().GetSelectionNode().GetActivePlotChartID() == chart.GetID()
     finally:
         host.close_window()
 
