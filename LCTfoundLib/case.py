@@ -178,7 +178,7 @@ def run_case(
 def case_name(source: Path) -> str:
     """Readable name of a study from its path, without image suffixes."""
     name = source.resolve().name
-    for suffix in (".gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm"):
+    for suffix in (".gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm", ".npy", ".npz"):
         if name.lower().endswith(suffix):
             name = name[: -len(suffix)]
     return name

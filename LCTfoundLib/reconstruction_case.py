@@ -63,6 +63,7 @@ from LCTfoundLib.volume_io import read_ct
 __all__ = [
     "CtSlices",
     "LowDoseOptions",
+    "MiddleSlices",
     "SliceChoice",
     "SparseViewOptions",
     "SuperResolutionOptions",
@@ -72,6 +73,7 @@ __all__ = [
     "run_reconstruction",
     "sparse_view_case",
     "sparse_view_of",
+    "sparse_view_of_projections",
     "super_resolution_case",
     "super_resolution_of",
     "told_agreement",
@@ -163,6 +165,23 @@ class SliceChoice:
         return range(self.first - 1, count if self.last is None else min(self.last, count), self.step)
 
 
+@dataclass(frozen=True)
+class MiddleSlices:
+    """So many slices around the middle one, as far as there are."""
+
+    count: int
+
+    @property
+    def step(self) -> int:
+        return 1
+
+    def of(self, count: int) -> range:
+        """Indices from 0 of so many slices."""
+        chosen = min(self.count, count)
+        first = (count - chosen) // 2
+        return range(first, first + chosen)
+
+
 def run_reconstruction(
     source: Path,
     target: Path,
@@ -228,7 +247,9 @@ class CtSlices:
     identity: DicomSource = field(default_factory=DicomSource)
 
     @classmethod
-    def of(cls, ct: Volume, slices: SliceChoice, case: str, source: str, identity: DicomSource) -> CtSlices:
+    def of(
+        cls, ct: Volume, slices: SliceChoice | MiddleSlices, case: str, source: str, identity: DicomSource
+    ) -> CtSlices:
         """Some slices of a canonical CT.
 
         Raises:
@@ -242,7 +263,7 @@ class CtSlices:
         return cls(part, chosen, case, source, identity)
 
     @classmethod
-    def read(cls, source: Path, slices: SliceChoice, progress: Progress) -> CtSlices:
+    def read(cls, source: Path, slices: SliceChoice | MiddleSlices, progress: Progress) -> CtSlices:
         """Of a file or folder.
 
         Raises:
@@ -332,7 +353,7 @@ class SparseViewOptions:
     size: int | None = None
     pixel_mm: float | None = None
     field_mm: float | None = None
-    slices: SliceChoice = SliceChoice()
+    slices: SliceChoice | MiddleSlices = SliceChoice()
 
     def __post_init__(self) -> None:
         if self.views is not None and self.views < 1:
@@ -356,7 +377,7 @@ def sparse_view_case(options: SparseViewOptions) -> Callable[[Path, Progress], R
 
     def make(source: Path, progress: Progress) -> Reconstruction:
         if holds_projections(source):
-            return _of_projections(source, options, progress)
+            return sparse_view_of_projections(source, options, progress)
         return _of_ct(source, options, progress)
 
     return make
@@ -404,8 +425,12 @@ def sparse_view_of(part: CtSlices, options: SparseViewOptions, progress: Progres
     )
 
 
-def _of_projections(source: Path, options: SparseViewOptions, progress: Progress) -> Reconstruction:
-    """Reconstruct what was measured."""
+def sparse_view_of_projections(source: Path, options: SparseViewOptions, progress: Progress) -> Reconstruction:
+    """Reconstruct what was measured.
+
+    Raises:
+        LCTfoundError, Cancelled: as ``read_projections`` and ``reconstruct_sparse_view``.
+    """
     if options.dose is not None:
         raise LCTfoundError("--dose is for scans simulated from a CT; these projections were measured.")
     reading, working = progress.split({"Reading the projections": 8, "Reconstructing": 92})

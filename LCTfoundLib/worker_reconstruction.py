@@ -1,7 +1,9 @@
 """The worker's reconstructions: sparse view, low dose and super-resolution of a panel's CT, and their DICOM series.
 
 Each takes ``input`` (array, spacing, origin, direction, metadata), ``options``, ``slices`` (``center``, LPS mm, and
-``count``; all where it is missing), ``source_dicom`` (files that the CT was read from) and ``output``. The output has
+``count``; all where it is missing), ``source_dicom`` (files that the CT was read from) and ``output``. A sparse view
+may have ``projections``, a file or folder of what a scanner measured, in the place of the input, and then of ``slices``
+the ``count`` around the middle. The output has
 
 =================== ===================================================================================================
 ``image.npy``          HU, int16 [k, j, i], as are the others
@@ -15,7 +17,7 @@ Each takes ``input`` (array, spacing, origin, direction, metadata), ``options``,
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime
 from enum import StrEnum
@@ -33,16 +35,19 @@ from LCTfoundLib.export.reconstruction import Reconstruction
 from LCTfoundLib.reconstruction_case import (
     CtSlices,
     LowDoseOptions,
+    MiddleSlices,
     SliceChoice,
     SparseViewOptions,
     SuperResolutionOptions,
     errors_of_slices,
     low_dose_of,
     sparse_view_of,
+    sparse_view_of_projections,
     super_resolution_of,
 )
 from LCTfoundLib.runtime.files import atomic_folder
 from LCTfoundLib.runtime.progress import Progress
+from LCTfoundLib.scan_input import dicom_files
 from LCTfoundLib.tasks.low_dose import KEPT_MM, LowDoseRequest, LowDoseTier
 from LCTfoundLib.tasks.sparse_view import SparseViewRequest, Tier
 from LCTfoundLib.tasks.super_resolution import FACTORS, Direction, Method, SuperResolutionRequest
@@ -60,7 +65,10 @@ _Choice = TypeVar("_Choice", bound=StrEnum)
 
 
 def _sparse_view(fields: Fields, progress: Progress) -> dict[str, Any]:
-    """``options``: views, tier, samples, dose (share of 100,000 photons a ray), seed, device, weights_folder."""
+    """``options``: views, tier, samples, dose (share of 100,000 photons a ray), seed, device, weights_folder.
+
+    ``views`` are 16 of a CT, and all of projections, unless they are given.
+    """
     asked = fields.group("options")
     options = SparseViewOptions(
         SparseViewRequest(
@@ -70,10 +78,17 @@ def _sparse_view(fields: Fields, progress: Progress) -> dict[str, Any]:
             device=asked.text("device", "auto"),
             weights_folder=_weights(asked),
         ),
-        asked.number("views", 16),
+        asked.number("views") if asked.has("views") else None,
         asked.decimal("dose"),
     )
-    return _reconstruct(fields, progress, lambda ct: 1, lambda part, told: sparse_view_of(part, options, told))
+    if not fields.has("projections"):
+        return _reconstruct(fields, progress, lambda ct: 1, lambda part, told: sparse_view_of(part, options, told))
+    source, output = fields.path("projections"), fields.output()
+    if fields.has("slices"):
+        options = replace(options, slices=MiddleSlices(_count(fields.group("slices"))))
+    working, writing = progress.split({"Reconstructing": 97, "Writing the result": 3})
+    content = sparse_view_of_projections(source, options, working)
+    return _finished(content, output, writing, {"source_files": [str(file) for file in dicom_files(source)[:1]]})
 
 
 def _low_dose(fields: Fields, progress: Progress) -> dict[str, Any]:
@@ -176,10 +191,16 @@ def _reconstruct(
     ct = ct_of(source, checking).to_canonical()
     name = source.group("metadata").text("name", "CT")
     part = CtSlices.of(ct, _slices(fields, ct, group(ct)), name, name, identity)
-    content = make(part, working)
+    return _finished(make(part, working), output, writing)
+
+
+def _finished(
+    content: Reconstruction, output: Path, writing: Progress, more: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write the output folder, and answer with it."""
     writing.update(0.0)
     with atomic_folder(output) as folder:
-        _write(content, folder)
+        _write(content, folder, more or {})
         writing.check()
     writing.done()
     return {"folder": str(output)}
@@ -191,9 +212,7 @@ def _slices(fields: Fields, ct: Volume, group: int) -> SliceChoice:
         center, count = list(ct.world_from_index(np.array(ct.shape) / 2)), len(ct.array)
     else:
         asked = fields.group("slices")
-        center, count = asked.numbers("center", 3), asked.number("count")
-    if count < 1:
-        raise BadRequest("'count' of 'slices' must be 1 or more.")
+        center, count = asked.numbers("center", 3), _count(asked)
     if group > 1 and len(ct.array) < 2 * group:
         raise UnsuitableImage(
             f"{len(ct.array)} slices are less than two thick ones; choose thinner ones to begin with."
@@ -201,7 +220,14 @@ def _slices(fields: Fields, ct: Volume, group: int) -> SliceChoice:
     return SliceChoice.around(ct, center, max(count, 2 * group) if group > 1 else count, group)
 
 
-def _write(content: Reconstruction, folder: Path) -> None:
+def _count(slices: Fields) -> int:
+    count = slices.number("count")
+    if count < 1:
+        raise BadRequest("'count' of 'slices' must be 1 or more.")
+    return count
+
+
+def _write(content: Reconstruction, folder: Path, more: Mapping[str, Any]) -> None:
     volumes = {
         "image": content.image,
         "before": content.before,
@@ -227,7 +253,7 @@ def _write(content: Reconstruction, folder: Path) -> None:
             "direction": image.direction.ravel().tolist(),
         },
     }
-    text = json.dumps(jsonable(told), indent=1, allow_nan=False)
+    text = json.dumps(jsonable(told | dict(more)), indent=1, allow_nan=False)
     (folder / "result.json").write_text(text, encoding="utf-8")
 
 

@@ -66,6 +66,7 @@ class LCTfoundReconstructionParameterNode:
     inputVolume: vtkMRMLScalarVolumeNode
     result: vtkMRMLScalarVolumeNode
     task: str = "sparse_view"
+    projections: str = ""
     views: Annotated[int, WithinRange(1, 2000)] = 16
     tier: str = "fast"
     samples: Annotated[int, WithinRange(1, 32)] = 4
@@ -124,6 +125,50 @@ class LCTfoundReconstructionLogic(ScriptedLoadableModuleLogic):
         options = {"views": views, "tier": tier, "samples": samples, "device": device}
         name = _("sparse view {views}").format(views=views)
         return self._start("sparse_view", name, inputVolume, options, slices, waitForCompletion, listener)
+
+    def reconstructProjections(
+        self,
+        projections: str | Path,
+        tier: str = "fast",
+        samples: int = 4,
+        views: int | None = None,
+        sliceCount: int | None = None,
+        device: str = "auto",
+        waitForCompletion: bool = True,
+        listener: Any = None,
+    ) -> Any:
+        """Reconstruct what a scanner measured.
+
+        Args:
+            projections: a file (.npy, .npz, .nrrd with its geometry), or a folder of DICOM-CT-PD or a file in it.
+            tier, samples: as in ``sparseView``.
+            views: of them, spread evenly; None: all.
+            sliceCount: around the middle; None: all.
+            device, waitForCompletion, listener: as in the tasks.
+        """
+        from LCTfoundSlicer.reconstruction_result import applyReconstruction
+        from LCTfoundSlicer.run import PanelRun, scratchFolder
+        from LCTfoundSlicer.weights import weightsFolder
+
+        path = Path(projections).absolute()
+        path = path.parent if path.suffix.lower() in (".dcm", ".ima") else path
+        folder = scratchFolder("reconstruct")
+
+        def payload() -> dict[str, Any]:
+            options = {"views": views, "tier": tier, "samples": samples, "device": device}
+            return {
+                "projections": str(path),
+                "options": {**options, "weights_folder": weightsFolder()},
+                "slices": None if sliceCount is None else {"count": sliceCount},
+                "output": str(folder / "result"),
+            }
+
+        def show(result: dict[str, Any]) -> Generator[float, None, Any]:
+            return (yield from applyReconstruction(Path(result["folder"]), _("from projections"), None))
+
+        stages = (_("Sending the request"), _("Showing the result"))
+        run = PanelRun("sparse_view", _nothing(), payload, show, folder, listener, stages).start()
+        return run.wait() if waitForCompletion else run
 
     def lowDose(
         self,
@@ -190,22 +235,22 @@ class LCTfoundReconstructionLogic(ScriptedLoadableModuleLogic):
         waitForCompletion: bool,
         listener: Any,
     ) -> Any:
-        from LCTfoundSlicer.mrml import InputSignature, dicomFilesOf, engineFromWorld, engineGeometry, writeArray
-        from LCTfoundSlicer.reconstruction_result import applyReconstruction
+        from LCTfoundSlicer.mrml import dicomFilesOf, engineFromWorld, writeArray
+        from LCTfoundSlicer.reconstruction_result import Source, applyReconstruction
         from LCTfoundSlicer.run import PanelRun, scratchFolder
         from LCTfoundSlicer.weights import weightsFolder
 
-        geometry, signature = engineGeometry(inputVolume), InputSignature.of(inputVolume)
+        source = Source.of(inputVolume)
         folder = scratchFolder("reconstruct")
         array = folder / "ct.npy"
         around = None
         if slices is not None:
             place, count = slices
-            around = {"center": engineFromWorld(inputVolume, geometry, place), "count": count}
+            around = {"center": engineFromWorld(inputVolume, source.geometry, place), "count": count}
 
         def payload() -> dict[str, Any]:
             return {
-                "input": geometry.request(array, {"name": inputVolume.GetName()}),
+                "input": source.geometry.request(array, {"name": inputVolume.GetName()}),
                 "options": {**options, "weights_folder": weightsFolder()},
                 "slices": around,
                 "source_dicom": dicomFilesOf(inputVolume),
@@ -213,7 +258,7 @@ class LCTfoundReconstructionLogic(ScriptedLoadableModuleLogic):
             }
 
         def show(result: dict[str, Any]) -> Generator[float, None, Any]:
-            return (yield from applyReconstruction(Path(result["folder"]), name, inputVolume, signature, geometry))
+            return (yield from applyReconstruction(Path(result["folder"]), name, source))
 
         run = PanelRun(task, writeArray(inputVolume, array), payload, show, folder, listener).start()
         return run.wait() if waitForCompletion else run
@@ -235,7 +280,8 @@ class LCTfoundReconstructionLogic(ScriptedLoadableModuleLogic):
         if not case.isResult or "marks" not in told:
             raise RunFailed(_("This volume is no reconstruction of LCTfound; choose one, or run first."))
         geometry, scratch = engineGeometry(result, inWorld=False), scratchFolder("series")
-        source = dicomFilesOf(case.volumeNode) if case.volumeNode is not None else []
+        files = [file for file in told.get("source_files", []) if Path(file).is_file()]
+        source = dicomFilesOf(case.volumeNode) if case.volumeNode is not None else files
 
         def payload() -> dict[str, Any]:
             return {
@@ -291,7 +337,7 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
     def _fillChoices(self) -> None:
         choices = {
             self.ui.taskComboBox: (
-                ("sparse_view", _("Few views (simulated from the CT)")),
+                ("sparse_view", _("Few views")),
                 ("low_dose", _("Low dose: less noise")),
                 ("super_resolution", _("Super-resolution: finer voxels")),
             ),
@@ -361,6 +407,7 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
             box.connect("currentIndexChanged(int)", lambda index, name=name: self._choiceMade(name))
         self.ui.viewsComboBox.connect("currentIndexChanged(int)", self._viewsChosen)
         self.ui.exportPathLineEdit.connect("currentPathChanged(QString)", self._exportPathChanged)
+        self.ui.projectionsPathLineEdit.connect("currentPathChanged(QString)", self._projectionsPathChanged)
         self.ui.runButton.connect("clicked(bool)", self.onRunButton)
         self.ui.sideBySideButton.connect("clicked(bool)", lambda *_: self.showSideBySide())
         self.ui.plotButton.connect("clicked(bool)", lambda *_: self.showSideBySide(withPlot=True))
@@ -435,6 +482,16 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
         if self._parameterNode is not None:
             self._parameterNode.exportFolder = path
 
+    def _projectionsPathChanged(self, path: str) -> None:
+        if self._parameterNode is not None:
+            self._parameterNode.projections = path
+
+    @property
+    def _isMeasured(self) -> bool:
+        """Whether projections are reconstructed, and no CT is needed."""
+        node = self._parameterNode
+        return node is not None and node.task == "sparse_view" and bool(node.projections.strip())
+
     def _parametersChanged(self, caller: Any = None, event: Any = None) -> None:
         node = self._parameterNode
         if node is None:
@@ -449,6 +506,8 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
         self.ui.viewsComboBox.setCurrentIndex(usual)
         if self.ui.exportPathLineEdit.currentPath != node.exportFolder:
             self.ui.exportPathLineEdit.currentPath = node.exportFolder
+        if self.ui.projectionsPathLineEdit.currentPath != node.projections:
+            self.ui.projectionsPathLineEdit.currentPath = node.projections
         self._updateOptions()
         if node.result is not self._shown:
             self._showResult(node.result)
@@ -465,6 +524,8 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
         for task, page in pages.items():
             page.visible = node.task == task
         ui.samplesSpinBox.enabled = node.tier == "best"
+        for widget in (ui.viewsLabel, ui.viewsSpinBox, ui.viewsComboBox):
+            widget.enabled = not self._isMeasured
         ui.doseSpinBox.enabled = node.simulateDose
         thin = node.mode == "slices"
         for widget in (ui.sliceThicknessLabel, ui.sliceThicknessSpinBox):
@@ -477,10 +538,11 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
         node, running, case = self._parameterNode, self.display.isRunning, self.case
         ui, result = self.ui, self.case.isResult
         ui.runButton.text = _("Cancel") if running else _("Run")
-        ui.runButton.enabled = running or bool(node and node.inputVolume)
+        ui.runButton.enabled = running or self._isMeasured or bool(node and node.inputVolume)
         pages = (ui.sparseViewWidget, ui.lowDoseWidget, ui.superResolutionWidget)
         for widget in (ui.inputSelector, ui.taskComboBox, *pages, ui.slicesComboBox, ui.deviceComboBox):
             widget.enabled = not running
+        ui.inputSelector.enabled = not running and not self._isMeasured
         ui.sideBySideButton.enabled = result
         ui.plotButton.enabled = ui.plotComboBox.enabled = bool(result and case.charts)
         ui.leftComboBox.enabled = result and case.isSimulated
@@ -506,6 +568,11 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
 
     def _begin(self, listener: Any) -> Any:
         node, logic = self._parameterNode, self.logic
+        if self._isMeasured:
+            count = node.sliceCount if node.slices == "around" else None
+            return logic.reconstructProjections(
+                node.projections.strip(), node.tier, node.samples, None, count, node.device, False, listener
+            )
         slices = None
         if node.slices == "around":
             slices = (_placeIn(node.inputVolume), node.sliceCount)
@@ -619,6 +686,11 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
                 lambda listener: self.logic.exportDicom(self.case.node, folder, False, listener),
                 lambda path: self.display.say(_("Exported to {folder}").format(folder=path)),
             )
+
+
+def _nothing() -> Generator[float, None, None]:
+    """Of a run that sends nothing but its request."""
+    yield 1.0
 
 
 def _placeIn(volume: Any) -> list[float]:

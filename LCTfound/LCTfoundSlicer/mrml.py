@@ -26,6 +26,7 @@ __all__ = [
     "engineGeometry",
     "labelLayer",
     "matrixToArray",
+    "patientGeometry",
     "placeUnderStudyOf",
     "polyDataFromMesh",
     "segmentationGrid",
@@ -141,6 +142,11 @@ def _worldFromLocal(node: Any) -> tuple[np.ndarray, bool]:
     if not parent.IsTransformToWorldLinear() or not parent.GetMatrixTransformToWorld(matrix):
         return np.eye(4), False
     return matrixToArray(matrix), True
+
+
+def patientGeometry() -> EngineGeometry:
+    """Of a result that is made of no volume: the engine's LPS are the patient's, and so is the world."""
+    return EngineGeometry((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), tuple(np.eye(3).ravel().tolist()), _FLIP)
 
 
 def engineGeometry(volumeNode: Any, inWorld: bool = True) -> EngineGeometry:

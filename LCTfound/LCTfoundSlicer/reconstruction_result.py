@@ -16,11 +16,18 @@ import numpy as np
 import slicer
 from vtk.util import numpy_support
 
-from LCTfoundSlicer.mrml import EngineGeometry, InputChanged, InputSignature, placeUnderStudyOf
+from LCTfoundSlicer.mrml import (
+    EngineGeometry,
+    InputChanged,
+    InputSignature,
+    engineGeometry,
+    patientGeometry,
+    placeUnderStudyOf,
+)
 from LCTfoundSlicer.setup_checks import Light
 from LCTfoundSlicer.translation import tr as _
 
-__all__ = ["QualityRow", "ReconstructionCase", "applyReconstruction", "qualityRows"]
+__all__ = ["QualityRow", "ReconstructionCase", "Source", "applyReconstruction", "qualityRows"]
 
 _CT = "LCTfound.CT"
 _BEFORE = "LCTfound.Before"
@@ -33,6 +40,8 @@ _RESULT = "LCTfound.Reconstruction"
 _USE = "Research use only; not a medical device."
 #: Maps are shown up to this many HU, as in the shell's report.
 _MOST_HU = 200
+#: Window and level for lungs, HU.
+_LUNG = (1600, -500)
 #: Name of the engine for the result in its tables.
 _AFTER = "Reconstruction"
 
@@ -63,7 +72,7 @@ class ReconstructionCase:
 
     @property
     def volumeNode(self) -> Any:
-        """The CT that it was made from; None when that is gone."""
+        """The CT that it was made from; None when that is gone, or of measured projections."""
         return self._reference(_CT)
 
     @property
@@ -106,17 +115,26 @@ class ReconstructionCase:
 # -- from the worker into the scene ----------------------------------------------------------------------------------
 
 
-def applyReconstruction(
-    folder: Path, name: str, volumeNode: Any, signature: InputSignature, geometry: EngineGeometry
-) -> Iterator[float]:
+@dataclass(frozen=True)
+class Source:
+    """A CT that was sent off: its volume node, as it was then, and the geometry that it was sent with."""
+
+    volumeNode: Any
+    signature: InputSignature
+    geometry: EngineGeometry
+
+    @classmethod
+    def of(cls, volumeNode: Any) -> Source:
+        return cls(volumeNode, InputSignature.of(volumeNode), engineGeometry(volumeNode))
+
+
+def applyReconstruction(folder: Path, name: str, source: Source | None) -> Iterator[float]:
     """Make the nodes of a result, in steps short enough for the window; none stays if anything fails.
 
     Args:
         folder: the worker's output.
         name: what was done, such as "sparse view 16".
-        volumeNode: the input.
-        signature: of the input when it was sent off.
-        geometry: that the input was sent with.
+        source: the CT that it was made from; None of measured projections.
 
     Yields:
         The share done, 0-1.
@@ -130,9 +148,9 @@ def applyReconstruction(
     told = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     arrays = {kind: np.load(folder / f"{kind}.npy", allow_pickle=False) for kind in told["files"]}
     yield 0.2
-    if not signature.isCurrent:
+    if source is not None and not source.signature.isCurrent:
         raise InputChanged(_("The CT was removed or changed while it was computed; run again."))
-    maker = _Maker(volumeNode, told, geometry.ijkToRAS(told["grid"]), name)
+    maker = _Maker(told, name, source)
     try:
         node = maker.image(arrays["image"])
         yield 0.4
@@ -155,8 +173,10 @@ def applyReconstruction(
 class _Maker:
     """Makes the nodes of one result, and takes them away again."""
 
-    def __init__(self, volumeNode: Any, told: Mapping[str, Any], ijkToRAS: Any, name: str) -> None:
-        self._volumeNode, self._told, self._ijkToRAS, self._name = volumeNode, told, ijkToRAS, name
+    def __init__(self, told: Mapping[str, Any], name: str, source: Source | None) -> None:
+        self._told, self._name = told, name
+        self._volumeNode = None if source is None else source.volumeNode
+        self._ijkToRAS = (patientGeometry() if source is None else source.geometry).ijkToRAS(told["grid"])
         self._made: list[Any] = []
         self._result: Any = None
 
@@ -166,14 +186,18 @@ class _Maker:
         node = self._result = self._volume(self._named(_nature(nature)), array, nature, told)
         self._showAsInput(node)
         node.SetDescription(self._told["notice"])
-        node.SetNodeReferenceID(_CT, self._volumeNode.GetID())
+        if self._volumeNode is not None:
+            node.SetNodeReferenceID(_CT, self._volumeNode.GetID())
         return node
 
     def before(self, array: np.ndarray) -> None:
-        """What was simulated, as a volume of its own; what was measured is the input."""
-        node = self._volumeNode
+        """What was simulated, or made of projections, as a volume of its own; a CT that was measured is the input."""
+        node, name = self._volumeNode, self._told["before_name"]
         if self._told["reference_name"] is not None:
-            node = self._volume(self._named(f"{self._told['before_name']}, {_('simulated')}"), array, "simulated scan")
+            node = self._volume(self._named(f"{name}, {_('simulated')}"), array, "simulated scan")
+            self._showAsInput(node)
+        elif node is None:
+            node = self._volume(self._named(name), array, "derived")
             self._showAsInput(node)
         self._refer(_BEFORE, node)
 
@@ -246,7 +270,8 @@ class _Maker:
     # -- parts -----------------------------------------------------------------------------------------------------
 
     def _named(self, what: str) -> str:
-        return f"{self._volumeNode.GetName()} {self._name} ({what})"
+        whose = self._told["case"] if self._volumeNode is None else self._volumeNode.GetName()
+        return f"{whose} {self._name} ({what})"
 
     def _add(self, kind: str, name: str, attributes: Mapping[str, str] | None = None) -> Any:
         """A node that has its attributes when it enters the scene: selectors look at them then."""
@@ -257,7 +282,7 @@ class _Maker:
             node.SetAttribute(key, value)
         slicer.mrmlScene.AddNode(node)
         self._made.append(node)
-        if kind != "vtkMRMLPlotSeriesNode":
+        if kind != "vtkMRMLPlotSeriesNode" and self._volumeNode is not None:
             placeUnderStudyOf(node, self._volumeNode)
         return node
 
@@ -273,7 +298,8 @@ class _Maker:
         node = self._add("vtkMRMLScalarVolumeNode", name, marks | dict(attributes or {}))
         slicer.util.updateVolumeFromArray(node, array)
         node.SetIJKToRASMatrix(self._ijkToRAS)
-        node.SetAndObserveTransformNodeID(self._volumeNode.GetTransformNodeID())
+        if self._volumeNode is not None:
+            node.SetAndObserveTransformNodeID(self._volumeNode.GetTransformNodeID())
         node.CreateDefaultDisplayNodes()
         return node
 
@@ -281,9 +307,11 @@ class _Maker:
         self._result.SetNodeReferenceID(role, node.GetID())
 
     def _showAsInput(self, node: Any) -> None:
-        """In the input's window, as it is now, so that both can be compared."""
-        display, like = node.GetDisplayNode(), self._volumeNode.GetDisplayNode()
+        """In the input's window, as it is now, so that both can be compared; in a lung window without an input."""
+        display, like = node.GetDisplayNode(), self._volumeNode.GetDisplayNode() if self._volumeNode else None
         if like is None:
+            display.SetAutoWindowLevel(False)
+            display.SetWindowLevel(*_LUNG)
             return
         display.SetAndObserveColorNodeID(like.GetColorNodeID())
         display.SetAutoWindowLevel(False)

@@ -216,6 +216,50 @@ def test_two_linked_views_show_both_at_the_place_that_was_looked_at(host, panel,
         host.close_window()
 
 
+def _scanOfABall(folder: Path) -> Path:
+    """Seven slices, 5 mm apart from 100 mm up, of a ball of water with a dense rod 60 mm to the patient's left."""
+    from LCTfoundLib.physics.geometry import ImageGrid, ParallelBeam
+
+    beam = ParallelBeam.around(ImageGrid(64, 64, 5.0), 24)
+    angles, place = np.asarray(beam.angles)[:, None], beam.channels_mm
+    body = 2 * np.sqrt(np.maximum(130**2 - place**2, 0))
+    rod = 2 * np.sqrt(np.maximum(12**2 - (place - 60 * np.cos(angles)) ** 2, 0))
+    sinogram = 0.0192 * np.stack([body + (2.0 if k == 3 else 0.5) * rod for k in range(7)])
+    path = folder / "ball.npz"
+    heights = 100.0 + 5 * np.arange(7)
+    np.savez(path, sinogram=sinogram.astype(np.float32), geometry="parallel", angles_rad=np.asarray(beam.angles),
+             pitch_mm=beam.pitch_mm, heights_mm=heights, water_per_mm=0.0192)  # fmt: skip
+    return path
+
+
+def test_projections_need_no_ct_and_lie_where_they_were_measured(panel, tmp_path) -> None:
+    chosen, ui = panel._parameterNode, panel.ui
+    assert not ui.runButton.enabled
+    ui.projectionsPathLineEdit.currentPath = str(_scanOfABall(tmp_path))
+    assert chosen.projections.endswith("ball.npz") and ui.runButton.enabled
+    assert not ui.inputSelector.enabled and not ui.viewsSpinBox.enabled
+    chosen.tier, chosen.sliceCount, chosen.device = "preview", 3, "cpu"
+    case = _run(panel)
+    assert case.node.GetName() == "ball from projections (derived)" and case.volumeNode is None
+    assert case.node.GetAttribute("LCTfound.Derived") == "YES"
+    image = _array(case.node)
+    assert len(image) == 3 and "Filtered" in case.before.GetName() and _array(case.before).shape == image.shape
+    row, column = np.argwhere(image[1] > 1500).mean(axis=0)
+    world = _ijkToRAS(case.node) @ [column, row, 1, 1]
+    np.testing.assert_allclose(world[:3], [-60, 0, 115], atol=4)
+    assert np.median(image[1][image[1] > 1500]) == pytest.approx(2000, abs=250) and len(case.charts) == 1
+    cells = _cells(ui.qualityTable)
+    assert cells["Agreement with the truth"][1] == "not known" and any("Residual" in name for name in cells)
+    export = panel.logic.exportDicom(case.node, tmp_path / "export")
+    assert len(list((export / "dicom").iterdir())) == 3
+    ui.projectionsPathLineEdit.currentPath = str(tmp_path / "nowhere.npz")
+    ui.runButton.click()
+    _spin(lambda: not panel.display.isRunning, _LONG)
+    assert "nowhere.npz" in ui.statusLabel.text
+    ui.projectionsPathLineEdit.currentPath = ""
+    assert ui.inputSelector.enabled and ui.viewsSpinBox.enabled
+
+
 def test_the_noise_spectra_are_a_plot_of_their_own(host, panel, rng) -> None:
     """With the shipped net: what became of the noise of each frequency, beside the error of each slice."""
     row, column = np.mgrid[-80:80, -100:100]
