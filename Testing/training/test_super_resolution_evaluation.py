@@ -14,12 +14,12 @@ from LCTfoundLib.errors import LCTfoundError
 from LCTfoundLib.networks.conditions import BuiltInEncoder, Scaling
 from LCTfoundLib.networks.foundation import FoundationModel, InputRecipe, Slices
 from LCTfoundLib.networks.null_space import NullSpaceSettings
-from LCTfoundLib.tasks.super_resolution import SuperResolutionRequest
+from LCTfoundLib.tasks.super_resolution import Direction, SuperResolutionRequest
 from Testing.engine.toy_backbones import two_levels
 from training.evaluate import super_resolution
 from training.evaluate.image_metrics import psnr
 from training.evaluate.reconstruction_slices import ReconstructionSlice
-from training.evaluate.super_resolution import METHODS, evaluate, main, table
+from training.evaluate.super_resolution import METHODS, Stack, evaluate, main, table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,31 +45,54 @@ REQUEST = SuperResolutionRequest(factor=4, samples=2, sampling=NullSpaceSettings
 
 
 def test_methods_see_the_same_and_are_measured_alike(slices):
-    rows, answers = evaluate(slices, list(METHODS), REQUEST, backbone)
+    rows, answers = evaluate([Stack.single(piece) for piece in slices], list(METHODS), REQUEST, backbone)
     assert [(row.slice, row.method) for row in rows] == [(s.name, name) for s in slices for name in METHODS]
     for row in rows:
         piece = next(s for s in slices if s.name == row.slice)
         answer = answers[row.slice][row.method]
-        assert row.scores["psnr"] == psnr(piece.hu, answer.hu, piece.body)
+        assert row.scores["psnr"] == psnr(piece.hu, answer.hu[0], piece.body)
         means = answer.hu.reshape(12, 4, 12, 4).mean(axis=(1, 3)) - piece.hu.reshape(12, 4, 12, 4).mean(axis=(1, 3))
         assert row.scores["residual"] == pytest.approx(float(np.sqrt(np.mean(means**2))), abs=1e-3)
-        # Bicubic alone does not keep the means; what the task makes does.
-        assert (row.scores["residual"] > 1) is (row.method == "bicubic")
+        # Interpolation alone does not keep the means; what the task makes does.
+        assert (row.scores["residual"] > 1) is (row.method == "cubic")
         assert ("covered" in row.scores) is (row.method == "null_space")
         assert row.evaluations == (4 if row.method == "null_space" else 0)
-    inside = np.abs(answers["first 1"]["null_space"].hu - slices[0].hu) <= answers["first 1"]["null_space"].interval_hu
+    drawn = answers["first 1"]["null_space"]
+    inside = np.abs(drawn.hu[0] - slices[0].hu) <= drawn.interval_hu[0]
     assert rows[2].scores["covered"] == pytest.approx(inside[slices[0].body].mean())
+
+
+def test_thin_slices_of_the_middle_thick_one_are_scored(slices, rng):
+    first = slices[0]
+    planes = [
+        ReconstructionSlice(f"first {n}", "first", first.hu + rng.normal(0, 9, first.hu.shape).astype(np.float32), 1.5)
+        for n in range(10)
+    ]
+    stack = Stack.thin(planes, 2.5, 2)
+    assert list(stack.scored) == [4, 5] and stack.shown.name == "first 5" and stack.volume.spacing == (1.5, 1.5, 2.5)
+    request = SuperResolutionRequest(
+        Direction.SLICES, 2, samples=2, sampling=NullSpaceSettings(2, 50), device="cpu", precision="fp32"
+    )
+    rows, answers = evaluate([stack], list(METHODS), request, backbone)
+    for row in rows:
+        answer = answers["first 5"][row.method]
+        assert answer.hu.shape == (10, 48, 48)
+        expected = np.mean([psnr(planes[k].hu, answer.hu[k], planes[k].body) for k in (4, 5)])
+        assert row.scores["psnr"] == pytest.approx(expected)
+        thick = np.stack([piece.hu for piece in planes]) - answer.hu
+        thick = thick.reshape(5, 2, 48, 48).mean(axis=1)
+        assert row.scores["residual"] == pytest.approx(float(np.sqrt(np.mean(thick**2))), abs=1e-3)
 
 
 def test_table_and_files(slices, tmp_path, monkeypatch):
     monkeypatch.setattr(super_resolution, "read_slices", lambda *told: (slices, ["third: it is not there"]))
-    main(["--methods", "bicubic,consistent", "--size", "48", "--factor", "3", "--out", str(tmp_path)])
+    main(["--methods", "cubic,consistent", "--size", "48", "--factor", "3", "--out", str(tmp_path)])
     text = (tmp_path / "results.md").read_text()
-    assert "x3 in plane, 2 slices" in text and "third: it is not there" in text
+    assert "x3 in plane, 2 places" in text and "third: it is not there" in text
     with (tmp_path / "slices.csv").open() as file:
         stored = list(csv.DictReader(file))
     mean = np.mean([float(row["psnr"]) for row in stored if row["method"] == "consistent"])
-    assert f"| bicubic, made consistent | {mean:.2f} ±" in text and "over 2 patients" in text
+    assert f"| cubic, made consistent | {mean:.2f} ±" in text and "over 2 patients" in text
     assert json.loads((tmp_path / "provenance.json").read_text())["consistent"]["factor"] == 3
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (3 * 384, 2 * 384) and np.asarray(sheet).std() > 20
@@ -77,11 +100,11 @@ def test_table_and_files(slices, tmp_path, monkeypatch):
 
 def test_refused(slices):
     with pytest.raises(LCTfoundError, match="no method magic"):
-        evaluate(slices, ["magic"], REQUEST, backbone)
+        evaluate([Stack.single(piece) for piece in slices], ["magic"], REQUEST, backbone)
     with pytest.raises(LCTfoundError, match="crop it to 45 x 45"):
-        evaluate(slices, ["bicubic"], SuperResolutionRequest(factor=5), backbone)
+        evaluate([Stack.single(piece) for piece in slices], ["cubic"], SuperResolutionRequest(factor=5), backbone)
 
 
 def test_one_method_has_no_comparison(slices):
-    rows, _ = evaluate(slices, ["bicubic"], REQUEST, backbone)
+    rows, _ = evaluate([Stack.single(piece) for piece in slices], ["cubic"], REQUEST, backbone)
     assert "minus" not in table(rows)

@@ -12,7 +12,7 @@ attenuation is negative, and -1000 is what lies beyond the scanner's field of vi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -38,6 +38,7 @@ __all__ = [
     "at_size",
     "is_test_patient",
     "read_slices",
+    "read_stacks",
     "training_slices",
 ]
 
@@ -113,6 +114,36 @@ def read_slices(
     wrong = sorted({s.patient for s in found if is_test_patient(s.patient) == (choice is SliceChoice.TUNING)})
     if wrong:
         raise ValueError(f"{SPLIT.name} puts {', '.join(wrong)} on the wrong side of the split")
+    return found, missing
+
+
+def read_stacks(
+    choice: SliceChoice, size: int, count: int, data: Path = DEFAULT_DATA, cache: Path | None = None
+) -> tuple[list[tuple[list[ReconstructionSlice], float]], list[str]]:
+    """Around each frozen slice of a volume so many neighbors, from the feet up, and their distance (mm).
+
+    Args:
+        choice, size, data, cache: as in ``read_slices``.
+        count: of the slices of a stack; the frozen one is in its middle, as far as the volume reaches.
+
+    Returns:
+        The stacks, and what is missing with the reason: single slices have no neighbors.
+    """
+    found: list[tuple[list[ReconstructionSlice], float]] = []
+    missing: list[str] = []
+    for source, levels in _chosen(choice).items():
+        if source == _TCGA:
+            continue
+        try:
+            ct = _volume(source, data, cache)
+            if len(ct.array) < count:
+                raise LCTfoundError(f"it has {len(ct.array)} slices and a stack {count}.")
+        except LCTfoundError as error:
+            missing.append(f"{source}: {error}")
+            continue
+        for level in levels:
+            first = min(max(level - count // 2, 0), len(ct.array) - count)
+            found.append((_levels(ct, source, range(first, first + count), size), float(ct.spacing[2])))
     return found, missing
 
 
@@ -200,7 +231,10 @@ def _of_volume(
 ) -> list[ReconstructionSlice]:
     """Levels of a volume, all of them if None."""
     ct = _volume(name, data, cache)
-    levels = range(len(ct.array)) if levels is None else levels
+    return _levels(ct, name, range(len(ct.array)) if levels is None else levels, size)
+
+
+def _levels(ct: Volume, name: str, levels: Iterable[int], size: int) -> list[ReconstructionSlice]:
     return [_slice(f"{name} level {k}", name, np.asarray(ct.array[k]), ct.spacing[:2], size) for k in levels]
 
 

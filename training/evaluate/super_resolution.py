@@ -1,10 +1,12 @@
 """Super-resolution, measured: real slices made coarse by area means, and made fine again by every method.
 
     python -m training.evaluate.super_resolution --factor 4 --slices eight --out output/super_resolution
+    python -m training.evaluate.super_resolution --direction slices --factor 2 --out output/thin_slices
 
 The coarse slice is exactly the operator's that the methods know, as in the zero-shot literature: a scanner's own coarse
-reconstruction has another kernel and noise. Slices are single ones, so that the backbone's channels of neighbors hold
-the slice itself. Thick-to-thin slices are not measured here: they need volumes.
+reconstruction has another kernel and noise. In plane the slices are single ones, so that the backbone's channels of
+neighbors hold the slice itself. Thick slices are means of touching thin ones of a volume; of five thick ones the thin
+ones of the middle one are scored.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ from LCTfoundLib.errors import LCTfoundError
 from LCTfoundLib.export.slices import draw_text
 from LCTfoundLib.networks.foundation import FoundationModel, load_foundation
 from LCTfoundLib.networks.null_space import NullSpaceSettings
-from LCTfoundLib.physics.downsampling import AreaMeans
 from LCTfoundLib.runtime.files import output_errors
 from LCTfoundLib.tasks.super_resolution import (
     FACTORS,
@@ -41,7 +42,12 @@ from LCTfoundLib.volume import Volume
 from training.evaluate.cases import DEFAULT_DATA
 from training.evaluate.command import command
 from training.evaluate.image_metrics import METRICS, RANGE, Metric, score_slice
-from training.evaluate.reconstruction_slices import ReconstructionSlice, SliceChoice, read_slices
+from training.evaluate.reconstruction_slices import (
+    ReconstructionSlice,
+    SliceChoice,
+    read_slices,
+    read_stacks,
+)
 from training.evaluate.statistics import compare_paired
 
 __all__ = ["MEASURES", "METHODS", "Answer", "Row", "evaluate", "main", "table"]
@@ -52,17 +58,54 @@ MEASURES: dict[str, Metric] = {key: m for key, m in METRICS.items() if m.measure
     "covered": Metric("share inside its interval", 3, True, None),
 }
 
+#: Thick slices of a stack, of which the middle one is scored.
+_THICK = 5
 _TILE = 384
 #: HU shown black and white.
 _WINDOW = (-1000.0, 400.0)
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a method makes of a coarse slice.
+class Stack:
+    """Neighboring slices of a real CT, which are made coarse together.
 
     Attributes:
-        hu: (H, W), fine.
+        planes: references, from the feet up.
+        slice_mm: their distance.
+        scored: those that are compared.
+    """
+
+    planes: Sequence[ReconstructionSlice]
+    slice_mm: float
+    scored: range
+
+    @classmethod
+    def single(cls, piece: ReconstructionSlice) -> Stack:
+        return cls([piece], 1.0, range(1))
+
+    @classmethod
+    def thin(cls, planes: Sequence[ReconstructionSlice], slice_mm: float, factor: int) -> Stack:
+        """The middle thick slice's thin ones are scored."""
+        middle = len(planes) // factor // 2 * factor
+        return cls(planes, slice_mm, range(middle, middle + factor))
+
+    @property
+    def shown(self) -> ReconstructionSlice:
+        """The one that names the stack and is drawn."""
+        return self.planes[self.scored[len(self.scored) // 2]]
+
+    @property
+    def volume(self) -> Volume:
+        pixel = self.planes[0].pixel_mm
+        return Volume(np.stack([piece.hu for piece in self.planes]), (pixel, pixel, self.slice_mm))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method makes of a coarse stack.
+
+    Attributes:
+        hu: (N, H, W), fine.
         interval_hu: of the same size, half of the width that should hold 9 of 10 values; None if it does not say.
         evaluations: of a network.
         provenance: of the method.
@@ -86,34 +129,34 @@ class Row:
     seconds: float
 
 
-#: A method: a coarse slice as a volume, and the request that says how a network is used.
+#: A method: coarse slices as a volume, and the request that says how a network is used.
 Resolver = Callable[[Volume, SuperResolutionRequest, Callable[[Path | None], FoundationModel]], Answer]
 
 
-def _bicubic(coarse: Volume, request: SuperResolutionRequest, load: Any) -> Answer:
+def _cubic(coarse: Volume, request: SuperResolutionRequest, load: Any) -> Answer:
     """As the literature's baseline: not made consistent."""
-    return Answer(interpolated(torch.from_numpy(coarse.array), Direction.IN_PLANE, request.factor)[0].numpy())
+    return Answer(interpolated(torch.from_numpy(coarse.array), request.direction, request.factor).numpy())
 
 
 def _by_task(method: Method) -> Resolver:
     def resolve(coarse: Volume, request: SuperResolutionRequest, load: Any) -> Answer:
         options = {**vars(request), "method": method}
         found = super_resolve(coarse, SuperResolutionRequest(**options), load=load)
-        interval = None if found.interval_hu is None else found.interval_hu.array[0]
-        return Answer(found.ct.array[0], interval, found.evaluations, found.provenance)
+        interval = None if found.interval_hu is None else found.interval_hu.array
+        return Answer(found.ct.array, interval, found.evaluations, found.provenance)
 
     return resolve
 
 
 METHODS: dict[str, tuple[str, Resolver]] = {
-    "bicubic": ("bicubic", _bicubic),
-    "consistent": ("bicubic, made consistent", _by_task(Method.CUBIC)),
+    "cubic": ("cubic", _cubic),
+    "consistent": ("cubic, made consistent", _by_task(Method.CUBIC)),
     "null_space": ("null space, backbone", _by_task(Method.NULL_SPACE)),
 }
 
 
 def evaluate(
-    slices: Sequence[ReconstructionSlice],
+    stacks: Sequence[Stack],
     methods: Sequence[str],
     request: SuperResolutionRequest,
     load: Callable[[Path | None], FoundationModel] = lambda folder: load_foundation(folder=folder),
@@ -122,47 +165,52 @@ def evaluate(
     """All methods on the same coarse slices.
 
     Args:
-        slices: references.
+        stacks: references.
         methods: names.
-        request: factor, samples, seed, device; the method is set by each.
+        request: direction, factor, samples, seed, device; the method is set by each.
         load: gives the backbone.
-        log: told after each slice.
+        log: told after each stack.
 
     Returns:
-        A row for each slice and method, and the answers: slice -> method -> answer.
+        A row for each stack and method, and the answers: name of the stack's shown slice -> method -> answer.
 
     Raises:
-        LCTfoundError: a method is not known, or a slice is no multiple of the factor.
+        LCTfoundError: a method is not known, or a stack is no multiple of the factor.
     """
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
         raise LCTfoundError(f"There is no method {', '.join(unknown)}; choose among {', '.join(METHODS)}.")
     rows: list[Row] = []
     answers: dict[str, dict[str, Answer]] = {}
-    for piece in slices:
-        reference = Volume(piece.hu[None], (piece.pixel_mm, piece.pixel_mm, 1.0))
-        coarse = coarse_volume(reference, Direction.IN_PLANE, request.factor)
-        answers[piece.name] = {}
+    for stack in stacks:
+        coarse = coarse_volume(stack.volume, request.direction, request.factor)
+        shown = stack.shown
+        answers[shown.name] = {}
         for name in methods:
             begin = time.perf_counter()
             answer = METHODS[name][1](coarse, request, load)
-            seconds = time.perf_counter() - begin
-            scores = _scores(piece, coarse.array[0], answer, request.factor)
-            rows.append(Row(piece.name, piece.patient, name, scores, answer.evaluations, seconds))
-            answers[piece.name][name] = answer
+            seconds = (time.perf_counter() - begin) / len(stack.planes)
+            scores = _scores(stack, coarse, answer, request)
+            rows.append(Row(shown.name, shown.patient, name, scores, answer.evaluations, seconds))
+            answers[shown.name][name] = answer
         told = ", ".join(f"{row.method} {row.scores['psnr']:.2f} dB" for row in rows[-len(methods) :])
-        log(f"{piece.name}: {told}")
+        log(f"{shown.name}: {told}")
     return rows, answers
 
 
-def _scores(piece: ReconstructionSlice, coarse: np.ndarray, answer: Answer, factor: int) -> dict[str, float]:
-    scores = score_slice(piece.hu, answer.hu, piece.body, piece.pixel_mm)
-    again = AreaMeans(factor).forward(torch.from_numpy(answer.hu.astype(np.float64))).numpy()
-    scores["residual"] = float(np.sqrt(np.mean((again - coarse) ** 2)))
-    if answer.interval_hu is not None:
-        inside = np.abs(answer.hu - piece.hu) <= answer.interval_hu
-        scores["covered"] = float(inside[piece.body].mean())
-    return scores
+def _scores(stack: Stack, coarse: Volume, answer: Answer, request: SuperResolutionRequest) -> dict[str, float]:
+    """Means over the scored slices."""
+    found = []
+    for index in stack.scored:
+        piece = stack.planes[index]
+        scores = score_slice(piece.hu, answer.hu[index], piece.body, piece.pixel_mm)
+        if answer.interval_hu is not None:
+            inside = np.abs(answer.hu[index] - piece.hu) <= answer.interval_hu[index]
+            scores["covered"] = float(inside[piece.body].mean())
+        found.append(scores)
+    again = coarse_volume(stack.volume.with_array(answer.hu), request.direction, request.factor)
+    residual = float(np.sqrt(np.mean((again.array - coarse.array) ** 2)))
+    return {key: float(np.mean([scores[key] for scores in found])) for key in found[0]} | {"residual": residual}
 
 
 # -- what is told ----------------------------------------------------------------------------------------------------
@@ -207,19 +255,19 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _sheet(
-    slices: Sequence[ReconstructionSlice], rows: Sequence[Row], answers: Mapping[str, Mapping[str, Answer]]
-) -> Image.Image:
-    """The reference and every method's image, a row for each slice."""
+def _sheet(stacks: Sequence[Stack], rows: Sequence[Row], answers: Mapping[str, Mapping[str, Answer]]) -> Image.Image:
+    """The reference and every method's image, a row for each stack's middle slice."""
     names = list(dict.fromkeys(row.method for row in rows))
     scores = {(row.slice, row.method): row.scores for row in rows}
-    sheet = Image.new("RGB", ((1 + len(names)) * _TILE, len(slices) * _TILE))
-    for n, piece in enumerate(slices):
+    sheet = Image.new("RGB", ((1 + len(names)) * _TILE, len(stacks) * _TILE))
+    for n, stack in enumerate(stacks):
+        piece = stack.shown
         sheet.paste(_gray(piece.hu), (0, n * _TILE))
         draw_text(sheet, (6, n * _TILE + 6), f"reference, {piece.name}", 15, "lt")
         for column, name in enumerate(names, start=1):
             score = scores[piece.name, name]
-            sheet.paste(_gray(answers[piece.name][name].hu), (column * _TILE, n * _TILE))
+            level = stack.planes.index(piece)
+            sheet.paste(_gray(answers[piece.name][name].hu[level]), (column * _TILE, n * _TILE))
             told = f"{METHODS[name][0]}: {score['psnr']:.1f} dB, SSIM {score['ssim']:.3f}"
             draw_text(sheet, (column * _TILE + 6, n * _TILE + 6), told, 15, "lt")
     return sheet
@@ -234,7 +282,7 @@ def _gray(hu: np.ndarray) -> Image.Image:
 def _write(
     folder: Path,
     text: str,
-    slices: Sequence[ReconstructionSlice],
+    stacks: Sequence[Stack],
     rows: Sequence[Row],
     answers: Mapping[str, Mapping[str, Answer]],
 ) -> None:
@@ -247,11 +295,9 @@ def _write(
             for row in rows:
                 scores = [row.scores.get(key, "") for key in MEASURES]
                 writer.writerow([row.slice, row.patient, row.method, *scores, row.evaluations, row.seconds])
-        told = {name: answer.provenance for name, answer in answers[slices[0].name].items()}
+        told = {name: answer.provenance for name, answer in answers[stacks[0].shown.name].items()}
         (folder / "provenance.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-        _sheet(slices[:4], [row for row in rows if row.slice in {s.name for s in slices[:4]}], answers).save(
-            folder / "sheet.png"
-        )
+        _sheet(stacks[:4], rows, answers).save(folder / "sheet.png")
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
@@ -260,6 +306,7 @@ def _write(
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Super-resolution, measured on real slices.")
     parser.add_argument("--methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--direction", type=Direction, choices=list(Direction), default=Direction.IN_PLANE)
     parser.add_argument("--factor", type=int, default=4, choices=list(FACTORS))
     parser.add_argument("--size", type=int, default=256, help="pixels of a side of the fine slices")
     parser.add_argument("--slices", type=SliceChoice, choices=list(SliceChoice), default=SliceChoice.TEST)
@@ -278,6 +325,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(options: argparse.Namespace, log: Callable[[str], None]) -> str:
     request = SuperResolutionRequest(
+        direction=options.direction,
         factor=options.factor,
         samples=options.samples,
         sampling=NullSpaceSettings(options.steps, options.first, options.fresh),
@@ -285,23 +333,35 @@ def _run(options: argparse.Namespace, log: Callable[[str], None]) -> str:
         device=options.device,
         weights_folder=options.weights,
     )
-    slices, missing = read_slices(options.slices, options.size, options.data)
+    stacks, missing = _stacks(options)
     for reason in missing:
         log(f"left out: {reason}")
     if options.only is not None:
-        picked = np.linspace(0, len(slices) - 1, min(options.only, len(slices))).round().astype(int)
-        slices = [slices[n] for n in picked]
-    if not slices:
+        picked = np.linspace(0, len(stacks) - 1, min(options.only, len(stacks))).round().astype(int)
+        stacks = [stacks[n] for n in picked]
+    if not stacks:
         raise LCTfoundError(f"There is no slice to work on ({'; '.join(missing)}).")
-    rows, answers = evaluate(slices, options.methods.split(","), request, log=log)
+    rows, answers = evaluate(stacks, options.methods.split(","), request, log=log)
+    where = "in plane"
+    if options.direction is Direction.SLICES:
+        thin = sorted({stack.slice_mm for stack in stacks})
+        where = f"along the patient (to slices of {', '.join(f'{step:.3g}' for step in thin)} mm)"
     text = (
-        f"Super-resolution x{options.factor} in plane, {len(slices)} slices ({options.slices}) of {options.size} "
+        f"Super-resolution x{options.factor} {where}, {len(stacks)} places ({options.slices}) of {options.size} "
         f"pixels, patients that no weight was trained on unless the slices are those for tuning. HU inside the body, "
         f"clipped to {RANGE.low:g}..{RANGE.high:g}.\n\n{table(rows)}"
         + "".join(f"\nLeft out: {reason}\n" for reason in missing)
     )
-    _write(options.out, text, slices, rows, answers)
+    _write(options.out, text, stacks, rows, answers)
     return text
+
+
+def _stacks(options: argparse.Namespace) -> tuple[list[Stack], list[str]]:
+    if options.direction is Direction.IN_PLANE:
+        slices, missing = read_slices(options.slices, options.size, options.data)
+        return [Stack.single(piece) for piece in slices], missing
+    found, missing = read_stacks(options.slices, options.size, _THICK * options.factor, options.data)
+    return [Stack.thin(planes, slice_mm, options.factor) for planes, slice_mm in found], missing
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
