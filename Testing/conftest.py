@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 if str(REPOSITORY) not in sys.path:
@@ -17,6 +20,7 @@ if str(REPOSITORY) not in sys.path:
 from LCTfoundLib.volume import Volume  # noqa: E402
 
 if TYPE_CHECKING:
+    from LCTfoundLib.tasks.lung_segmentation import LungResult
     from training.phantom.render import Rendered
 
 
@@ -56,11 +60,41 @@ def simple_chest() -> Volume:
 
 
 @pytest.fixture(scope="session")
-def phantom_case() -> Rendered:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[], Any]], Any]:
+    """Makes what is slow to make once for all processes of a test run: ``once(name, make)``.
+
+    ``./run test`` gives the folder for its two parts; a single pytest has its own, which xdist's processes share.
+    """
+    given = os.environ.get("LCTFOUND_TEST_SHARED")
+    own = tmp_path_factory.getbasetemp()
+    folder = Path(given) if given else own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def made(name: str, make: Callable[[], Any]) -> Any:
+        path = folder / f"{name}.pickle"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                path.write_bytes(pickle.dumps(make(), pickle.HIGHEST_PROTOCOL))
+            return pickle.loads(path.read_bytes())  # written by this very run
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def phantom_case(once: Callable[[str, Callable[[], Any]], Any]) -> Rendered:
     """A synthetic patient with exact labels, scanned at 2.5 mm; made once for all tests."""
     from training.phantom.render import phantom
 
-    return phantom(seed=20, spacing=2.5)
+    return once("phantom_case", lambda: phantom(seed=20, spacing=2.5))
+
+
+@pytest.fixture(scope="session")
+def fast_result(
+    once: Callable[[str, Callable[[], Any]], Any], phantom_case: Rendered, shipped_weights: None
+) -> LungResult:
+    """The synthetic patient's lungs by the shipped weights, fast on the CPU; segmented once for all tests."""
+    from LCTfoundLib.tasks.lung_segmentation import LungRequest, Quality, segment_lungs
+
+    return once("fast_result", lambda: segment_lungs(phantom_case.ct, LungRequest(Quality.FAST, "cpu")))
 
 
 @pytest.fixture(scope="session")

@@ -174,7 +174,9 @@ def rebin(
             done += 1
             if progress and done % 16 == 0:
                 progress(done / total)
-    return slices.finished(tracks[0].columns_of(beam.channels_mm))
+    # Between the views of one place of the focal spot, which lie farther apart, rays are interpolated, not measured.
+    measured = float(np.mean([min(1.0, beam.turn / beam.views / track.step) for track in tracks]))
+    return slices.finished(tracks[0].columns_of(beam.channels_mm), measured)
 
 
 class _Track:
@@ -199,6 +201,11 @@ class _Track:
             )
         ends = (np.array([0.5, detector.rows + 0.5]) - detector.central_row) * detector.row_mm
         self.half_width_mm = float(np.abs(ends).max() * self.rays.nearest.max() + abs(spot.height_mm))
+
+    @property
+    def step(self) -> float:
+        """Angle from view to view."""
+        return float(np.median(np.diff(self.angles)))
 
     @property
     def covered_mm(self) -> float:
@@ -266,7 +273,7 @@ class _Window:
     def __init__(self, track: _Track, detector: ConeRows, read: Callable[[int], np.ndarray]) -> None:
         self._track, self._read = track, read
         fan = np.ptp(track.rays.normal)
-        kept = math.ceil(1.5 * fan / np.median(np.diff(track.angles))) + 8
+        kept = math.ceil(1.5 * fan / track.step) + 8
         self._kept = min(kept, len(track.views))
         self._store = np.empty((self._kept, detector.columns, detector.rows), np.float32)
         self._next = 0
@@ -326,8 +333,8 @@ class _Slices:
         self._seen[here] += (lower - upper) / thickness
         self._thickness = float(thickness.mean())
 
-    def finished(self, columns: np.ndarray) -> Rebinned:
-        """The slices of which all rays were seen."""
+    def finished(self, columns: np.ndarray, measured: float) -> Rebinned:
+        """The slices of which all rays were seen; ``measured``: share of the views that are not interpolated."""
         whole = np.flatnonzero(self._seen.min(axis=(1, 2), initial=math.inf) >= _LEAST_SEEN)
         if not whole.size:
             raise UnsuitableProjections(
@@ -341,7 +348,7 @@ class _Slices:
             )
         part = slice(whole[0], whole[-1] + 1)
         sums, seen = self._sums[part], self._seen[part]
-        averaged = float(np.median(seen[len(seen) // 2])) * self._thickness
+        averaged = float(np.median(seen[len(seen) // 2])) * self._thickness * measured
         return Rebinned(sums / seen, self.beam, self.heights_mm[part], averaged, columns)
 
 

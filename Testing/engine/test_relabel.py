@@ -30,8 +30,8 @@ pytestmark = [pytest.mark.usefixtures("shipped_weights"), pytest.mark.end_to_end
 
 
 @pytest.fixture(scope="module")
-def result(phantom_case: Rendered) -> LungResult:
-    return segment_lungs(phantom_case.ct, LungRequest(Quality.FAST, "cpu"))
+def result(fast_result: LungResult) -> LungResult:
+    return fast_result
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +114,11 @@ class TestWithoutChanges:
         again = relabel(state, [BranchName(Tree.AIRWAY, node, code)])
         assert np.array_equal(again.segments.array, result.segments.array)
 
-    @pytest.mark.parametrize("turn", ["oblique", "flipped"])
-    def test_also_on_other_grids(self, turn: str, phantom_case: Rendered, tmp_path: Path) -> None:
+    def test_also_on_another_grid(self, phantom_case: Rendered, tmp_path: Path) -> None:
+        """Oblique, and with two axes the other way round."""
         angle = np.deg2rad(12.0)
         rotation = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
-        direction = rotation if turn == "oblique" else np.diag([-1.0, 1.0, -1.0])
+        direction = rotation @ np.diag([-1.0, 1.0, -1.0])
         ct = phantom_case.ct
         center = ct.world_from_index((np.array(ct.shape) - 1) / 2)
         x, y, z = center - direction @ (np.array(ct.spacing) * (np.array(ct.shape[::-1]) - 1) / 2)

@@ -37,11 +37,22 @@ def panel(host, shipped_weights):
 def _spin(until, timeout: float) -> float:
     """Let the window live until something is so; the seconds it took."""
     start = time.monotonic()
+    _gaps(until, timeout)
+    return time.monotonic() - start
+
+
+def _gaps(until, timeout: float) -> list[float]:
+    """The same; the seconds between the turns of the event loop."""
+    start = last = time.monotonic()
+    gaps = [0.0]
     while not until():
         slicer.app.processEvents()
+        now = time.monotonic()
+        gaps.append(now - last)
+        last = now
         time.sleep(0.002)
-        assert time.monotonic() - start < timeout, "waited too long"
-    return time.monotonic() - start
+        assert now - start < timeout, "waited too long"
+    return gaps
 
 
 def _load(ct, name: str = "Patient"):
@@ -109,7 +120,10 @@ def test_the_panel_opens_quickly_and_asks_for_a_ct(host, panel) -> None:
 
 
 def test_apply_segments_the_patient(host, panel, phantom_case) -> None:
-    """A click on Apply; progress at once; 21 structures where the patient's are, on the CT's grid and in its study."""
+    """A click on Apply; progress at once; 21 structures where the patient's are, on the CT's grid and in its study.
+
+    From the click to the shown result the window is never blocked.
+    """
     volume = _load(phantom_case.ct)
     hierarchy = slicer.mrmlScene.GetSubjectHierarchyNode()
     study = hierarchy.CreateStudyItem(hierarchy.GetSceneItemID(), "Study")
@@ -120,7 +134,9 @@ def test_apply_segments_the_patient(host, panel, phantom_case) -> None:
     assert panel.ui.qualityComboBox.currentData == "fast"
     panel.ui.applyButton.click()
     assert panel.ui.applyButton.text == "Cancel" and not panel.ui.progressBar.isHidden()
-    _spin(lambda: not panel.display.isRunning, _LONG)
+    gaps = _gaps(lambda: not panel.display.isRunning, _LONG)
+    assert np.percentile(gaps, 99) < 0.1
+    assert max(gaps) < 0.3
     result = panel._parameterNode.outputSegmentation
     assert result is not None and panel.ui.applyButton.text == "Apply"
     assert hierarchy.GetItemParent(hierarchy.GetItemByDataNode(result)) == study
@@ -268,23 +284,6 @@ def test_two_runs_at_once_follow_each_other(host, panel, one_lung) -> None:
     assert results[0] is not results[1]
     for a, b in zip(_arrays(results[0], volume), _arrays(results[1], volume), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def test_the_window_is_never_blocked_while_the_worker_computes(host, panel, phantom_case, one_lung) -> None:
-    """The longest gap between two turns of the event loop, from Apply to the shown result."""
-    volume = _load(phantom_case.ct)
-    panel.logic.process(_load(one_lung), quality="fast", device="cpu")  # the worker is warm now
-    run = panel.logic.process(volume, quality="fast", device="cpu", waitForCompletion=False)
-    gaps, last = [], time.monotonic()
-    while not run.state.isOver:
-        slicer.app.processEvents()
-        now = time.monotonic()
-        gaps.append(now - last)
-        last = now
-        time.sleep(0.002)
-    assert run.error is None
-    assert np.percentile(gaps, 99) < 0.1
-    assert max(gaps) < 0.3
 
 
 # -- correcting ------------------------------------------------------------------------------------------------------
@@ -487,9 +486,9 @@ def _anyNamed(segmentation) -> int:
     return next(code for code in range(1, 19) if _hasAirway(segmentation, code))
 
 
-def test_a_transformed_ct_gets_a_result_in_the_same_place(host, panel, phantom_case) -> None:
+def test_a_transformed_ct_gets_a_result_in_the_same_place(host, panel, phantom_case, one_lung) -> None:
     """A rigid parent transform that stands the patient on the head: computed upright in the world, shown on the CT."""
-    ct = phantom_case.ct
+    ct = one_lung
     upside = ct.with_array(np.ascontiguousarray(ct.array[::-1, ::-1]))  # turned about x by half a turn
     volume = _load(upside)
     i, j, k = np.array(ct.shape[::-1]) - 1
@@ -504,9 +503,12 @@ def test_a_transformed_ct_gets_a_result_in_the_same_place(host, panel, phantom_c
     result = panel.logic.process(volume, quality="fast", device="cpu")
     assert result.GetTransformNodeID() == transform.GetID()
     segments, _ = _arrays(result, volume)
-    truth = phantom_case.segments.array[::-1, ::-1]
-    assert _dice(segments > 0, truth > 0) > 0.9
-    assert _dice(np.isin(segments, range(1, 11)), np.isin(truth, range(1, 11))) > 0.9
+    first = np.rint(phantom_case.ct.index_from_world(ct.world_from_index(np.zeros(3)))).astype(int)
+    k, j, i = (slice(start, start + count) for start, count in zip(first, ct.shape, strict=True))
+    truth = phantom_case.segments.array[k, j, i][::-1, ::-1]
+    right = np.isin(truth, range(1, 11))
+    assert _dice(segments > 0, truth > 0) > 0.8
+    assert _dice(np.isin(segments, range(1, 11)), right) > 0.8
 
 
 def test_the_modules_own_tests_pass(host, shipped_weights) -> None:
