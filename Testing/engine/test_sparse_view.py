@@ -242,6 +242,18 @@ class TestTiers:
                     scan, grid, request, Progress(cancel=token), load_net=nets(), load_backbone=backbone
                 )
 
+    def test_metal_is_told_of_and_where_it_is(self, ct):
+        hu = ct.array.astype(np.float32)
+        hu[1, 14:17, 14:17] = 12000
+        scan, grid, _ = scan_of_volume(ct.with_array(hu), 60)
+        for tier in (Tier.PREVIEW, Tier.FAST):
+            told = [text for text in reconstruct(scan, grid, tier=tier).warnings if "metal" in text]
+            assert len(told) == 1 and "slice 2 of 3" in told[0]
+        bone = ct.array.astype(np.float32)
+        bone[:, 12:20, 12:20] = 1500
+        scan, grid, _ = scan_of_volume(ct.with_array(bone), 60)
+        assert not any("metal" in text for text in reconstruct(scan, grid, tier=Tier.PREVIEW).warnings)
+
     def test_refused(self, ct):
         scan, grid, _ = scan_of_volume(ct, 8)
         with pytest.raises(LCTfoundError, match="0 samples"):

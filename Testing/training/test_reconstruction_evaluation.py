@@ -42,6 +42,7 @@ from training.evaluate.reconstruction_slices import (
     SPLIT,
     ReconstructionSlice,
     SliceChoice,
+    SliceWithMetal,
     at_size,
     is_test_patient,
     read_slices,
@@ -94,6 +95,20 @@ def method(name: str, run: Callable[[Tensor, Projector, Context], Reconstructed]
 
 def nothing(sinogram: Tensor, projector: Projector, context: Context) -> Reconstructed:
     return Reconstructed(torch.full((len(sinogram), SIDE, SIDE), AIR_HU))
+
+
+def test_a_screw_in_the_body_is_left_out_of_the_measurement(slices):
+    piece = slices[0]
+    screw = SliceWithMetal.of(piece, 15.0)
+    metal = screw.hu > 5000
+    rows, columns = np.nonzero(metal)
+    middle = [np.nonzero(piece.body)[axis].mean() for axis in (0, 1)]
+    np.testing.assert_allclose([rows.mean(), columns.mean()], middle, atol=1)
+    assert metal.sum() * piece.pixel_mm**2 == pytest.approx(np.pi * 15**2, rel=0.3)
+    left_out = piece.body & ~screw.body
+    distance = np.hypot(*(np.indices(metal.shape) - np.round(middle)[:, None, None])) * piece.pixel_mm
+    assert (left_out == (piece.body & (distance <= 30))).all() and (screw.body <= piece.body).all()
+    assert (screw.hu[~metal] == piece.hu[~metal]).all() and isinstance(screw, ReconstructionSlice)
 
 
 # -- the measurement -------------------------------------------------------------------------------------------------

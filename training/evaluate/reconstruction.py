@@ -51,7 +51,13 @@ from training.evaluate.reconstruction_methods import (
 )
 from training.evaluate.reconstruction_networks import weights_of
 from training.evaluate.reconstruction_report import Row, Shown, write_report
-from training.evaluate.reconstruction_slices import SPLIT, ReconstructionSlice, SliceChoice, read_slices
+from training.evaluate.reconstruction_slices import (
+    SPLIT,
+    ReconstructionSlice,
+    SliceChoice,
+    SliceWithMetal,
+    read_slices,
+)
 
 __all__ = ["PARAMETERS", "evaluate", "main", "parameters_for", "simulated", "tune"]
 
@@ -268,6 +274,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=[c for c in SliceChoice if c is not SliceChoice.TUNING],
         default=SliceChoice.TEST,
     )
+    parser.add_argument("--metal", type=float, metavar="MM", help="radius of a titanium screw put into each slice")
     parser.add_argument("--tune", action="store_true", help="choose parameters on training slices instead")
     parser.add_argument("--parameters", type=Path, default=PARAMETERS, help="file of the chosen parameters")
     parser.add_argument("--no-feature-distance", action="store_true", help="leave the learned distance out")
@@ -280,8 +287,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of noise, of methods that draw, and of the bootstrap")
     parser.add_argument("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     options = parser.parse_args(arguments)
-    if min(options.views) < 1 or options.size < 41 or not options.photons > 0 or options.paper_steps < 1:
-        parser.error("--views, --photons and --paper-steps must be above 0, --size 41 at least")
+    above_0 = (min(options.views), options.photons, options.paper_steps, 1 if options.metal is None else options.metal)
+    if not min(above_0) > 0 or options.size < 41:
+        parser.error("--views, --photons, --paper-steps and --metal must be above 0, --size 41 at least")
     return options
 
 
@@ -305,6 +313,8 @@ class _Run:
             self.log(f"left out: {reason}")
         if not found:
             raise LCTfoundError(f"There is no slice to work on ({'; '.join(missing)}).")
+        if self.options.metal is not None:
+            found = [SliceWithMetal.of(piece, self.options.metal) for piece in found]
         return found, missing
 
     def tune(self) -> None:
@@ -347,6 +357,7 @@ class _Run:
             "size": options.size,
             "views": list(options.views),
             "noise": self.settings[0].noise,
+            "metal": None if options.metal is None else f"titanium screw, radius {options.metal:g} mm, one energy",
             "geometry": "parallel beam, evenly spaced views over a half turn, channels as wide as pixels",
             "parameters": {
                 str(setting.views): dict(chosen) for setting, chosen in zip(self.settings, parameters, strict=True)

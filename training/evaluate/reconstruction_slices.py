@@ -34,6 +34,7 @@ __all__ = [
     "AIR_HU",
     "SPLIT",
     "ReconstructionSlice",
+    "SliceWithMetal",
     "SliceChoice",
     "at_size",
     "is_test_patient",
@@ -83,6 +84,35 @@ class ReconstructionSlice:
     def body(self) -> np.ndarray:
         """bool (S, S), where metrics look."""
         return body_mask(self.hu, self.pixel_mm)
+
+
+@dataclass(frozen=True)
+class SliceWithMetal(ReconstructionSlice):
+    """The same with a screw in the middle of the body, seen from its end; metrics leave its neighborhood out.
+
+    Attributes:
+        metal_mm: radius of the screw.
+    """
+
+    metal_mm: float = 3.0
+
+    @classmethod
+    def of(cls, piece: ReconstructionSlice, metal_mm: float, hu: float = 12_000.0) -> SliceWithMetal:
+        """Titanium at the energies of a CT has about 12,000 HU."""
+        with_metal = np.where(_from_middle(piece) <= metal_mm, np.float32(hu), piece.hu)
+        return cls(piece.name, piece.patient, with_metal.astype(np.float32), piece.pixel_mm, metal_mm)
+
+    @cached_property
+    def body(self) -> np.ndarray:
+        plain = ReconstructionSlice(self.name, self.patient, np.minimum(self.hu, 1000), self.pixel_mm)
+        return plain.body & (_from_middle(plain) > 2 * self.metal_mm)
+
+
+def _from_middle(piece: ReconstructionSlice) -> np.ndarray:
+    """Distance of each pixel from the middle of the body, mm."""
+    rows, columns = np.nonzero(piece.body)
+    row, column = np.indices(piece.hu.shape)
+    return np.hypot(row - round(rows.mean()), column - round(columns.mean())) * piece.pixel_mm
 
 
 def is_test_patient(patient: str) -> bool:
