@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import qt
 import slicer
 import vtk
 from slicer import vtkMRMLScalarVolumeNode, vtkMRMLSegmentationNode
@@ -320,15 +319,20 @@ class LCTfoundLungSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservatio
         ScriptedLoadableModuleWidget.__init__(self, parent)
         VTKObservationMixin.__init__(self)
         self.logic: LCTfoundLungSegmentationLogic | None = None
-        self._parameterNode: LCTfoundLungSegmentationParameterNode | None = None
-        self._parameterNodeGuiTag: Any = None
+        self.parameters: Any = None
         self._pickNode: Any = None
         self._picked: Any = None
+
+    @property
+    def _parameterNode(self) -> LCTfoundLungSegmentationParameterNode | None:
+        """None while another module is open."""
+        return self.parameters.node if self.parameters is not None else None
 
     # -- life ------------------------------------------------------------------------------------------------------
 
     def setup(self) -> None:
         ScriptedLoadableModuleWidget.setup(self)
+        from LCTfoundSlicer.panel_parameters import PanelParameters
         from LCTfoundSlicer.run_display import RunDisplay
         from LCTfoundSlicer.structure_tree import StructureTree
 
@@ -339,48 +343,37 @@ class LCTfoundLungSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservatio
         self.logic = LCTfoundLungSegmentationLogic()
         self.tree = StructureTree(self.ui.structureTree, self._structuresSelected)
         self.display = RunDisplay(self.ui.progressBar, self.ui.statusLabel, self.ui.logText, self._updateButtons)
-        self._fillChoices()
+        paths = {"exportFolder": self.ui.exportPathLineEdit}
+        self.parameters = PanelParameters(
+            self, self._choices(), paths, self._parametersChanged, lambda name: name == "colorBy" and self._recolor()
+        )
         self._connect()
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartCloseEvent, self.onSceneStartClose)
-        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndCloseEvent, self.onSceneRenewed)
-        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndImportEvent, self.onSceneRenewed)
-        self.initializeParameterNode()
+        self.parameters.show()
 
-    def _fillChoices(self) -> None:
-        choices = {
-            self.ui.qualityComboBox: (
-                ("fast", _("Fast (1.5 mm)")),
-                ("standard", _("Standard (1 mm)")),
-                ("full", _("Full (0.8 mm; a GPU helps)")),
-            ),
-            self.ui.deviceComboBox: (
-                ("auto", _("The fastest there is")),
-                ("cuda", _("NVIDIA GPU")),
-                ("mps", _("Apple GPU")),
-                ("cpu", _("CPU")),
-            ),
-            self.ui.colorComboBox: (("segment", _("segment")), ("lobe", _("lobe"))),
-            self.ui.frameComboBox: (("LPS", _("LPS (DICOM)")), ("RAS", _("RAS (Slicer)"))),
-            self.ui.selectionComboBox: (
-                ("all", _("All")),
-                ("shown", _("Those that are shown")),
-                ("selected", _("Those that are selected")),
-            ),
-        }
-        for box, items in choices.items():
-            for value, text in items:
-                box.addItem(text, value)
-        self._boundChoices = {
-            "quality": self.ui.qualityComboBox,
-            "device": self.ui.deviceComboBox,
-            "colorBy": self.ui.colorComboBox,
-            "frame": self.ui.frameComboBox,
+    def _choices(self) -> dict[str, Any]:
+        """Boxes and what they offer, by parameter; that which sets none is filled here."""
+        from LCTfoundSlicer.panel_parameters import deviceChoices, fill
+
+        selections = (
+            ("all", _("All")),
+            ("shown", _("Those that are shown")),
+            ("selected", _("Those that are selected")),
+        )
+        fill(self.ui.selectionComboBox, selections)
+        qualities = (
+            ("fast", _("Fast (1.5 mm)")),
+            ("standard", _("Standard (1 mm)")),
+            ("full", _("Full (0.8 mm; a GPU helps)")),
+        )
+        return {
+            "quality": (self.ui.qualityComboBox, qualities),
+            "device": (self.ui.deviceComboBox, deviceChoices()),
+            "colorBy": (self.ui.colorComboBox, (("segment", _("segment")), ("lobe", _("lobe")))),
+            "frame": (self.ui.frameComboBox, (("LPS", _("LPS (DICOM)")), ("RAS", _("RAS (Slicer)")))),
         }
 
     def _connect(self) -> None:
-        for name, box in self._boundChoices.items():
-            box.connect("currentIndexChanged(int)", lambda index, name=name: self._choiceMade(name))
-        self.ui.exportPathLineEdit.connect("currentPathChanged(QString)", self._exportPathChanged)
         self.ui.applyButton.connect("clicked(bool)", self.onApplyButton)
         self.ui.opacitySlider.connect("valueChanged(int)", self.onOpacityChanged)
         self.ui.pickButton.connect("toggled(bool)", self.onPickToggled)
@@ -398,75 +391,25 @@ class LCTfoundLungSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservatio
         self.removeObservers()
 
     def enter(self) -> None:
-        self.initializeParameterNode()
-        qt.QTimer.singleShot(0, self._warmUp)
-
-    def _warmUp(self) -> None:
-        """Load libraries and networks while the user still chooses, if all is set up."""
-        from LCTfoundSlicer.run import sharedRunner
-        from LCTfoundSlicer.slicer_doors import slicerSetup
-
-        if not slicerSetup().state().needsInstall:
-            sharedRunner().warmUp()
+        self.parameters.show()
+        self.parameters.warmUp()
 
     def exit(self) -> None:
         self._stopPicking()
-        self.setParameterNode(None)
+        self.parameters.hide()
 
     def onSceneStartClose(self, caller: Any, event: Any) -> None:
         self.display.cancel()
         self._stopPicking()
         self.tree.setCase(None)
         self._observeResult(None)
-        self.setParameterNode(None)
-
-    def onSceneRenewed(self, caller: Any, event: Any) -> None:
-        """A scene was closed or read: its parameters are shown (selectors lose their choice meanwhile)."""
-        if self.parent.isEntered:
-            self.setParameterNode(None)
-            self.initializeParameterNode()
-
-    def initializeParameterNode(self) -> None:
-        """Begin with the CT that is there, if there is only one."""
-        assert self.logic is not None
-        self.setParameterNode(self.logic.getParameterNode())
-        if self._parameterNode.inputVolume is None:
-            first = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLScalarVolumeNode")
-            if first is not None and not first.IsA("vtkMRMLLabelMapVolumeNode"):
-                self._parameterNode.inputVolume = first
-
-    def setParameterNode(self, node: Any) -> None:
-        if self._parameterNode is not None:
-            self._parameterNode.disconnectGui(self._parameterNodeGuiTag)
-            self.removeObserver(self._parameterNode, vtk.vtkCommand.ModifiedEvent, self._parametersChanged)
-        self._parameterNode = node
-        if node is not None:
-            self._parameterNodeGuiTag = node.connectGui(self.ui)
-            self.addObserver(node, vtk.vtkCommand.ModifiedEvent, self._parametersChanged)
-            self._parametersChanged()
+        self.parameters.hide()
 
     # -- parameters ------------------------------------------------------------------------------------------------
 
-    def _choiceMade(self, name: str) -> None:
-        if self._parameterNode is not None:
-            setattr(self._parameterNode, name, self._boundChoices[name].currentData)
-            if name == "colorBy":
-                self._recolor()
-
-    def _exportPathChanged(self, path: str) -> None:
-        if self._parameterNode is not None:
-            self._parameterNode.exportFolder = path
-
-    def _parametersChanged(self, caller: Any = None, event: Any = None) -> None:
-        node = self._parameterNode
+    def _parametersChanged(self, node: LCTfoundLungSegmentationParameterNode | None) -> None:
         if node is None:
             return
-        for name, box in self._boundChoices.items():
-            index = box.findData(getattr(node, name))
-            if index >= 0 and index != box.currentIndex:
-                box.setCurrentIndex(index)
-        if self.ui.exportPathLineEdit.currentPath != node.exportFolder:
-            self.ui.exportPathLineEdit.currentPath = node.exportFolder
         shown = self.tree.case.node if self.tree.case else None
         if node.outputSegmentation is not shown:
             self._showResult(node.outputSegmentation)
@@ -509,7 +452,10 @@ class LCTfoundLungSegmentationWidget(ScriptedLoadableModuleWidget, VTKObservatio
     def _segmented(self, node: Any) -> None:
         from LCTfoundSlicer.run_display import duration
 
-        if node is None or self._parameterNode is None:
+        if node is None:
+            return
+        if self._parameterNode is None:  # another module is open by now: it is there on return
+            self.logic.getParameterNode().outputSegmentation = node
             return
         shown = self.tree.case is not None and self.tree.case.node is node
         self._parameterNode.outputSegmentation = node  # shows it, unless it was chosen before

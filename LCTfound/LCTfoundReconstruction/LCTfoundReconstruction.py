@@ -309,14 +309,19 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
         ScriptedLoadableModuleWidget.__init__(self, parent)
         VTKObservationMixin.__init__(self)
         self.logic: LCTfoundReconstructionLogic | None = None
-        self._parameterNode: LCTfoundReconstructionParameterNode | None = None
-        self._parameterNodeGuiTag: Any = None
+        self.parameters: Any = None
         self._shown: Any = None
+
+    @property
+    def _parameterNode(self) -> LCTfoundReconstructionParameterNode | None:
+        """None while another module is open."""
+        return self.parameters.node if self.parameters is not None else None
 
     # -- life ------------------------------------------------------------------------------------------------------
 
     def setup(self) -> None:
         ScriptedLoadableModuleWidget.setup(self)
+        from LCTfoundSlicer.panel_parameters import PanelParameters
         from LCTfoundSlicer.run_display import RunDisplay
 
         self.uiWidget = slicer.util.loadUI(self.resourcePath("UI/LCTfoundReconstruction.ui"))
@@ -326,70 +331,59 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
         self.logic = LCTfoundReconstructionLogic()
         self.display = RunDisplay(self.ui.progressBar, self.ui.statusLabel, self.ui.logText, self._updateButtons)
         self.ui.resultSelector.addAttribute("vtkMRMLScalarVolumeNode", "LCTfound.Reconstruction")
-        self._fillChoices()
+        paths = {"exportFolder": self.ui.exportPathLineEdit, "projections": self.ui.projectionsPathLineEdit}
+        self.parameters = PanelParameters(self, self._choices(), paths, self._parametersChanged)
         self._setUpTable()
         self._connect()
         self.addObserver(slicer.mrmlScene, slicer.mrmlScene.StartCloseEvent, self.onSceneStartClose)
-        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndCloseEvent, self.onSceneRenewed)
-        self.addObserver(slicer.mrmlScene, slicer.mrmlScene.EndImportEvent, self.onSceneRenewed)
-        self.initializeParameterNode()
+        self.parameters.show()
 
-    def _fillChoices(self) -> None:
-        choices = {
-            self.ui.taskComboBox: (
-                ("sparse_view", _("Few views")),
-                ("low_dose", _("Low dose: less noise")),
-                ("super_resolution", _("Super-resolution: finer voxels")),
+    def _choices(self) -> dict[str, Any]:
+        """Boxes and what they offer, by parameter; those that set none are filled here."""
+        from LCTfoundSlicer.panel_parameters import deviceChoices, fill
+
+        fill(self.ui.leftComboBox, (("before", _("Without the method")), ("ct", _("The CT"))))
+        maps = (("none", _("None")), ("difference", _("Difference")), ("uncertainty", _("Expected error")))
+        fill(self.ui.mapComboBox, maps)
+        fill(self.ui.viewsComboBox, [*((views, str(views)) for views in (8, 16, 32, 64)), (0, _("any"))])
+        return {
+            "task": (
+                self.ui.taskComboBox,
+                (
+                    ("sparse_view", _("Few views")),
+                    ("low_dose", _("Low dose: less noise")),
+                    ("super_resolution", _("Super-resolution: finer voxels")),
+                ),
             ),
-            self.ui.tierComboBox: (
-                ("preview", _("Preview (no network)")),
-                ("fast", _("Fast")),
-                ("best", _("Best (draws samples; a GPU helps)")),
+            "tier": (
+                self.ui.tierComboBox,
+                (
+                    ("preview", _("Preview (no network)")),
+                    ("fast", _("Fast")),
+                    ("best", _("Best (draws samples; a GPU helps)")),
+                ),
             ),
-            self.ui.lowDoseTierComboBox: (
-                ("fast", _("Fast")),
-                ("best", _("Best (cold diffusion; needs its weight)")),
+            "lowDoseTier": (
+                self.ui.lowDoseTierComboBox,
+                (("fast", _("Fast")), ("best", _("Best (cold diffusion; needs its weight)"))),
             ),
-            self.ui.modeComboBox: (
-                ("pixels4", _("Pixels, 4 times")),
-                ("pixels8", _("Pixels, 8 times")),
-                ("slices", _("Thick slices become thin")),
+            "mode": (
+                self.ui.modeComboBox,
+                (
+                    ("pixels4", _("Pixels, 4 times")),
+                    ("pixels8", _("Pixels, 8 times")),
+                    ("slices", _("Thick slices become thin")),
+                ),
             ),
-            self.ui.methodComboBox: (
-                ("null-space", _("Network (synthetic detail)")),
-                ("cubic", _("Interpolation (nothing made up)")),
+            "method": (
+                self.ui.methodComboBox,
+                (
+                    ("null-space", _("Network (synthetic detail)")),
+                    ("cubic", _("Interpolation (nothing made up)")),
+                ),
             ),
-            self.ui.slicesComboBox: (
-                ("around", _("Around the one shown:")),
-                ("all", _("All")),
-            ),
-            self.ui.deviceComboBox: (
-                ("auto", _("The fastest there is")),
-                ("cuda", _("NVIDIA GPU")),
-                ("mps", _("Apple GPU")),
-                ("cpu", _("CPU")),
-            ),
-            self.ui.leftComboBox: (("before", _("Without the method")), ("ct", _("The CT"))),
-            self.ui.mapComboBox: (
-                ("none", _("None")),
-                ("difference", _("Difference")),
-                ("uncertainty", _("Expected error")),
-            ),
-        }
-        for box, items in choices.items():
-            for value, text in items:
-                box.addItem(text, value)
-        for views in (8, 16, 32, 64):
-            self.ui.viewsComboBox.addItem(str(views), views)
-        self.ui.viewsComboBox.addItem(_("any"), 0)
-        self._boundChoices = {
-            "task": self.ui.taskComboBox,
-            "tier": self.ui.tierComboBox,
-            "lowDoseTier": self.ui.lowDoseTierComboBox,
-            "mode": self.ui.modeComboBox,
-            "method": self.ui.methodComboBox,
-            "slices": self.ui.slicesComboBox,
-            "device": self.ui.deviceComboBox,
+            "slices": (self.ui.slicesComboBox, (("around", _("Around the one shown:")), ("all", _("All")))),
+            "device": (self.ui.deviceComboBox, deviceChoices()),
         }
 
     def _setUpTable(self) -> None:
@@ -403,11 +397,7 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
         table.setColumnWidth(0, 190)
 
     def _connect(self) -> None:
-        for name, box in self._boundChoices.items():
-            box.connect("currentIndexChanged(int)", lambda index, name=name: self._choiceMade(name))
         self.ui.viewsComboBox.connect("currentIndexChanged(int)", self._viewsChosen)
-        self.ui.exportPathLineEdit.connect("currentPathChanged(QString)", self._exportPathChanged)
-        self.ui.projectionsPathLineEdit.connect("currentPathChanged(QString)", self._projectionsPathChanged)
         self.ui.runButton.connect("clicked(bool)", self.onRunButton)
         self.ui.sideBySideButton.connect("clicked(bool)", lambda *_: self.showSideBySide())
         self.ui.plotButton.connect("clicked(bool)", lambda *_: self.showSideBySide(withPlot=True))
@@ -422,69 +412,22 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
         self.removeObservers()
 
     def enter(self) -> None:
-        self.initializeParameterNode()
-        qt.QTimer.singleShot(0, self._warmUp)
-
-    def _warmUp(self) -> None:
-        """Load the libraries while the user still chooses, if all is set up."""
-        from LCTfoundSlicer.run import sharedRunner
-        from LCTfoundSlicer.slicer_doors import slicerSetup
-
-        if not slicerSetup().state().needsInstall:
-            sharedRunner().warmUp()
+        self.parameters.show()
+        self.parameters.warmUp()
 
     def exit(self) -> None:
-        self.setParameterNode(None)
+        self.parameters.hide()
 
     def onSceneStartClose(self, caller: Any, event: Any) -> None:
         self.display.cancel()
-        self.setParameterNode(None)
-
-    def onSceneRenewed(self, caller: Any, event: Any) -> None:
-        """A scene was closed or read: its parameters are shown (selectors lose their choice meanwhile)."""
-        if self.parent.isEntered:
-            self.setParameterNode(None)
-            self.initializeParameterNode()
-
-    def initializeParameterNode(self) -> None:
-        """Begin with the first CT of the scene, if none is chosen."""
-        assert self.logic is not None
-        self.setParameterNode(self.logic.getParameterNode())
-        if self._parameterNode.inputVolume is None:
-            first = slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLScalarVolumeNode")
-            if first is not None and not first.IsA("vtkMRMLLabelMapVolumeNode"):
-                self._parameterNode.inputVolume = first
-
-    def setParameterNode(self, node: Any) -> None:
-        if self._parameterNode is not None:
-            self._parameterNode.disconnectGui(self._parameterNodeGuiTag)
-            self.removeObserver(self._parameterNode, vtk.vtkCommand.ModifiedEvent, self._parametersChanged)
-        self._parameterNode = node
-        if node is not None:
-            self._parameterNodeGuiTag = node.connectGui(self.ui)
-            self.addObserver(node, vtk.vtkCommand.ModifiedEvent, self._parametersChanged)
-            self._parametersChanged()
-        else:
-            self._showResult(None)
+        self.parameters.hide()
 
     # -- parameters ------------------------------------------------------------------------------------------------
-
-    def _choiceMade(self, name: str) -> None:
-        if self._parameterNode is not None:
-            setattr(self._parameterNode, name, self._boundChoices[name].currentData)
 
     def _viewsChosen(self, index: int) -> None:
         views = self.ui.viewsComboBox.currentData
         if views and self._parameterNode is not None:
             self._parameterNode.views = views
-
-    def _exportPathChanged(self, path: str) -> None:
-        if self._parameterNode is not None:
-            self._parameterNode.exportFolder = path
-
-    def _projectionsPathChanged(self, path: str) -> None:
-        if self._parameterNode is not None:
-            self._parameterNode.projections = path
 
     @property
     def _isMeasured(self) -> bool:
@@ -492,22 +435,14 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
         node = self._parameterNode
         return node is not None and node.task == "sparse_view" and bool(node.projections.strip())
 
-    def _parametersChanged(self, caller: Any = None, event: Any = None) -> None:
-        node = self._parameterNode
+    def _parametersChanged(self, node: LCTfoundReconstructionParameterNode | None) -> None:
         if node is None:
+            self._showResult(None)
             return
-        for name, box in self._boundChoices.items():
-            index = box.findData(getattr(node, name))
-            if index >= 0 and index != box.currentIndex:
-                box.setCurrentIndex(index)
         usual = max(self.ui.viewsComboBox.findData(node.views), 0)
         if self.ui.viewsComboBox.itemData(usual) != node.views:
             usual = self.ui.viewsComboBox.count - 1
         self.ui.viewsComboBox.setCurrentIndex(usual)
-        if self.ui.exportPathLineEdit.currentPath != node.exportFolder:
-            self.ui.exportPathLineEdit.currentPath = node.exportFolder
-        if self.ui.projectionsPathLineEdit.currentPath != node.projections:
-            self.ui.projectionsPathLineEdit.currentPath = node.projections
         self._updateOptions()
         if node.result is not self._shown:
             self._showResult(node.result)

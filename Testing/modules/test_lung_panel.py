@@ -277,6 +277,15 @@ def test_a_result_is_not_applied_to_a_ct_that_changed_meanwhile(host, panel, one
     assert slicer.mrmlScene.GetFirstNodeByClass("vtkMRMLSegmentationNode") is None
 
 
+def test_a_result_that_comes_while_another_module_is_open_is_there_on_return(panel) -> None:
+    panel.exit()
+    assert panel._parameterNode is None
+    node = slicer.mrmlScene.AddNewNodeByClass("vtkMRMLSegmentationNode", "Late")
+    panel._segmented(node)
+    panel.enter()
+    assert panel._parameterNode.outputSegmentation is node and panel.tree.case.node is node
+
+
 def test_two_runs_at_once_follow_each_other(host, panel, one_lung) -> None:
     volume = _load(one_lung)
     runs = [panel.logic.process(volume, quality="fast", device="cpu", waitForCompletion=False) for _ in range(2)]
