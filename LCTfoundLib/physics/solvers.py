@@ -329,7 +329,6 @@ def total_variation_reconstruction(
     strength = torch.as_tensor(strength, dtype=sinograms.dtype, device=sinograms.device)
     if not bool((strength >= 0).all()):
         raise ValueError(f"strength {strength} must not be negative")
-    radius = strength[..., None]
     weight = torch.ones_like(sinograms) if weights is None else weights.expand_as(sinograms)
     x = start if start is not None else torch.zeros_like(operator.adjoint(sinograms))
     columns = operator.adjoint(torch.ones_like(sinograms))
@@ -341,18 +340,18 @@ def total_variation_reconstruction(
     for iteration in range(iterations):
         moved = data_dual + data_step * (operator.forward(ahead) - sinograms)
         data_dual = weight * moved / _positive(weight + data_step)
-        gradient_dual = _within(gradient_dual + gradient_step[..., None] * _gradient(ahead), radius)
+        gradient_dual = _within(torch.addcmul(gradient_dual, gradient_step, _gradient(ahead)), strength)
         last = x
-        x = x - step * (operator.adjoint(data_dual) + _gradient_adjoint(gradient_dual))
+        x = torch.addcmul(x, step, operator.adjoint(data_dual) + _gradient_adjoint(gradient_dual), value=-1)
         x = x.clamp(min=0) if non_negative else x
-        ahead = 2 * x - last
+        ahead = torch.lerp(last, x, 2.0)
         _tell(progress, iteration, iterations)
     return x
 
 
 def total_variation(images: Tensor) -> Tensor:
     """Sum of the lengths of the differences to the next row and column, isotropic: (..., rows, columns) to (...)."""
-    return torch.linalg.vector_norm(_gradient(images), dim=-1).sum(dim=(-2, -1))
+    return _lengths(_gradient(images)).sum(dim=(-2, -1))
 
 
 def total_variation_objective(
@@ -385,23 +384,39 @@ def poisson_weights(sinograms: Tensor, photons: float | Tensor, electronic_noise
 
 
 def _gradient(images: Tensor) -> Tensor:
-    """Differences to the next row and column, 0 at the last ones: (..., rows, columns, 2)."""
-    down = F.pad(images.diff(dim=-2), (0, 0, 0, 1))
-    right = F.pad(images.diff(dim=-1), (0, 1))
-    return torch.stack([down, right], dim=-1)
+    """Differences to the next row and column, 0 at the last ones: (2, ..., rows, columns).
+
+    Written into parts of an empty field, since padding and stacking took as long as the projections.
+    """
+    found = images.new_zeros(2, *images.shape)
+    found[0, ..., :-1, :] = images.diff(dim=-2)
+    found[1, ..., :-1] = images.diff(dim=-1)
+    return found
 
 
 def _gradient_adjoint(duals: Tensor) -> Tensor:
     """The transpose of :func:`_gradient`."""
-    down, right = duals[..., :-1, :, 0], duals[..., :, :-1, 1]
-    rows = F.pad(down, (0, 0, 1, 0)) - F.pad(down, (0, 0, 0, 1))
-    return rows + F.pad(right, (1, 0)) - F.pad(right, (0, 1))
+    down, right = duals[0, ..., :-1, :], duals[1, ..., :-1]
+    found = torch.zeros_like(duals[0])
+    found[..., 1:, :] += down
+    found[..., :-1, :] -= down
+    found[..., 1:] += right
+    found[..., :-1] -= right
+    return found
 
 
 def _within(duals: Tensor, radius: Tensor) -> Tensor:
     """Vectors longer than the radius cut to it."""
-    lengths = torch.linalg.vector_norm(duals, dim=-1, keepdim=True)
-    return duals * (radius / torch.maximum(lengths, radius).clamp(min=torch.finfo(duals.dtype).tiny))
+    return duals * (radius / torch.maximum(_lengths(duals), radius))
+
+
+def _lengths(vectors: Tensor) -> Tensor:
+    """Of vectors along the first axis, never quite 0, where their derivative is none.
+
+    ``vector_norm`` over the first axis takes ten times as long.
+    """
+    square = torch.addcmul(vectors[0].square(), vectors[1], vectors[1])
+    return square.clamp(min=torch.finfo(vectors.dtype).tiny).sqrt()
 
 
 def _dot(first: Tensor, second: Tensor) -> Tensor:

@@ -322,8 +322,8 @@ def _gradient_by_loops(images: torch.Tensor) -> list[torch.Tensor]:
 
 class TestTotalVariation:
     def test_the_gradient_and_its_adjoint(self):
-        x, q = torch.randn(2, 5, 7, dtype=torch.float64), torch.randn(2, 5, 7, 2, dtype=torch.float64)
-        assert torch.equal(_gradient(x), torch.stack(_gradient_by_loops(x)))
+        x, q = torch.randn(3, 5, 7, dtype=torch.float64), torch.randn(2, 3, 5, 7, dtype=torch.float64)
+        assert torch.equal(_gradient(x).movedim(0, -1), torch.stack(_gradient_by_loops(x)))
         torch.testing.assert_close((_gradient(x) * q).sum(), (x * _gradient_adjoint(q)).sum(), rtol=1e-12, atol=1e-12)
 
     def test_of_a_rectangle_it_is_its_outline(self):
