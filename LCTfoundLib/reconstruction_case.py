@@ -36,7 +36,6 @@ from LCTfoundLib.scan_input import (
     hint_of_geometry,
     holds_projections,
     volume_of_scan,
-    with_slices,
     with_views,
 )
 from LCTfoundLib.tasks.low_dose import LowDoseRequest, LowDoseResult, reduce_noise, standard_curve
@@ -433,21 +432,21 @@ def sparse_view_of_projections(source: Path, options: SparseViewOptions, progres
     """
     if options.dose is not None:
         raise LCTfoundError("--dose is for scans simulated from a CT; these projections were measured.")
-    reading, working = progress.split({"Reading the projections": 8, "Reconstructing": 92})
+    # A folder of views may have to be rebinned.
+    share = 40 if source.is_dir() else 8
+    reading, working = progress.split({"Reading the projections": share, "Reconstructing": 100 - share})
     reading.update(0.0)
-    scan = read_projections(source, reading.update)
-    chosen = options.slices.of(len(scan.sinogram))
-    scan = with_views(with_slices(scan, chosen), options.views)
+    scan = with_views(read_projections(source, reading.update, options.slices.of), options.views)
     grid = grid_of_scan(scan, options.size, options.pixel_mm, options.field_mm)
     where, notes = volume_of_scan(scan, grid)
     result = reconstruct_sparse_view(scan, grid, options.request, working)
     before = _filtered(scan, Projector(grid, scan.beam, truncated=options.request.truncated))
-    numbers = [index + 1 for index in chosen]
+    numbers = [index + 1 for index in scan.chosen]
     content = _content(case_name(source), str(source), options, scan, grid, result, where, before, numbers)
     return replace(
         content,
         nature=Nature.DERIVED if options.request.tier is Tier.PREVIEW else Nature.SYNTHETIC_DETAIL,
-        notes=[*notes, *_apart(options, chosen.step)],
+        notes=[*notes, *_apart(options, options.slices.step)],
         source=DicomSource.of_files(dicom_files(source)[:1]),
     )
 

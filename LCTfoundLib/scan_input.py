@@ -21,7 +21,6 @@ __all__ = [
     "hint_of_geometry",
     "holds_projections",
     "volume_of_scan",
-    "with_slices",
     "with_views",
 ]
 
@@ -80,13 +79,6 @@ def _is_view(file: Path) -> bool:
         return _VIEW_ANGLE in pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[_VIEW_ANGLE])
     except Exception:  # pydicom raises whatever a broken file makes it raise
         return False
-
-
-def with_slices(scan: Projections, chosen: range) -> Projections:
-    """The scan of some of its slices, by index."""
-    indices = list(chosen)
-    heights = tuple(scan.heights_mm[k] for k in indices) if scan.heights_mm else ()
-    return replace(scan, sinogram=scan.sinogram[indices], heights_mm=heights)
 
 
 def with_views(scan: Projections, views: int | None) -> Projections:

@@ -583,11 +583,12 @@ class LCTfoundReconstructionWidget(ScriptedLoadableModuleWidget, VTKObservationM
     def _chart(self) -> Any:
         """The plot that is chosen; None where the result has none."""
         charts = self.case.charts
-        return charts[max(self.ui.plotComboBox.currentIndex, 0)] if charts else None
+        return charts[min(max(self.ui.plotComboBox.currentIndex, 0), len(charts) - 1)] if charts else None
 
     def _left(self) -> Any:
         case = self.case
-        return case.volumeNode if self.ui.leftComboBox.currentData == "ct" or case.before is None else case.before
+        wanted = case.volumeNode if self.ui.leftComboBox.currentData == "ct" else case.before
+        return wanted or case.before or case.volumeNode
 
     def _showVolumes(self) -> None:
         from LCTfoundSlicer.comparison_views import isShown, showVolumes

@@ -224,7 +224,9 @@ class _Maker:
             self._plot(_("by slice"), unit, (_("Slice"), numbers), curves)
         for told in self._told.get("curves", []):
             what = {"noise spectrum": _("noise spectrum")}.get(told["title"], told["title"])
-            self._plot(what, told["caption"], (told["axis"], told["x"]), told["values"], marked=False)
+            names = {"before": _("before"), "after": _("after"), "removed": _("removed")}
+            curves = {names.get(name, name): values for name, values in told["values"].items()}
+            self._plot(what, _("Noise power, HU^2 mm^2"), (told["axis"], told["x"]), curves, marked=False)
 
     def _plot(
         self,

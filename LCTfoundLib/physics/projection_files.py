@@ -41,7 +41,7 @@ import warnings as python_warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,7 +55,7 @@ from torch import Tensor
 
 from LCTfoundLib.errors import UnsuitableProjections
 from LCTfoundLib.physics.geometry import Beam, Detector, FanBeam, ParallelBeam
-from LCTfoundLib.physics.helical import ConeRows, FocalSpot, ViewPlace, rebin
+from LCTfoundLib.physics.helical import ConeRows, FocalSpot, Rebinned, ViewPlace, rebin
 from LCTfoundLib.physics.hounsfield import WATER_PER_MM
 from LCTfoundLib.physics.noise import check_line_integrals, line_integrals
 
@@ -63,6 +63,8 @@ __all__ = ["MAX_RAYS", "Projections", "read_projections"]
 
 #: Larger sinograms are refused before memory is asked for (float32: 2 GB).
 MAX_RAYS = 500_000_000
+#: The same of rebinned slices, which need eight bytes a ray while they are made.
+_MAX_REBINNED = 250_000_000
 _MAX_FILES = 100_000
 _MAX_TEXT_BYTES = 16 * 2**20
 _MAX_VIEW_BYTES = 64 * 2**20
@@ -95,6 +97,7 @@ class Projections:
         electronic_noise: of the counts, standard deviation in photons.
         heights_mm: of the slices, if told.
         warnings: what was assumed or is missing; sentences for the user.
+        chosen: indices of the slices among those of the file or folder; empty: all.
 
     Raises:
         UnsuitableProjections: sinogram and geometry do not match, or the values are no line integrals.
@@ -107,6 +110,7 @@ class Projections:
     heights_mm: tuple[float, ...] = ()
     warnings: tuple[str, ...] = ()
     electronic_noise: float = 0.0
+    chosen: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         shape = tuple(self.sinogram.shape)
@@ -133,18 +137,23 @@ class Projections:
         check_line_integrals(self.sinogram)
 
 
-def read_projections(path: Path, progress: Callable[[float], object] | None = None) -> Projections:
+def read_projections(
+    path: Path,
+    progress: Callable[[float], object] | None = None,
+    choose: Callable[[int], range] | None = None,
+) -> Projections:
     """The scan in a file or folder; see the module for the formats.
 
     Args:
         path: ``.npy``, ``.npz``, ``.nrrd``, or the folder of one DICOM-CT-PD series.
         progress: told the share done, 0-1; what it raises stops the reading.
+        choose: of so many slices, which to take, by index from the first or lowest; None: all.
 
     Raises:
         UnsuitableProjections: not such a file, damaged, too large, or a scan that cannot be reconstructed.
     """
     if path.is_dir():
-        return _read_dicom(path, progress)
+        return _read_dicom(path, progress, choose)
     if not path.is_file():
         raise UnsuitableProjections(f"There is no file {path}; give {_KNOWN}.")
     readers = {".npy": _read_npy, ".npz": _read_npz, ".nrrd": _read_nrrd}
@@ -154,11 +163,20 @@ def read_projections(path: Path, progress: Callable[[float], object] | None = No
     if suffix not in readers:
         raise UnsuitableProjections(f"{path.name} is of no known format; give {_KNOWN}.")
     try:
-        return readers[suffix](path)
+        return _chosen(readers[suffix](path), choose)
     except OSError as error:
         raise UnsuitableProjections(
             f"{path.name} cannot be read ({error.strerror or error}); check its permissions."
         ) from error
+
+
+def _chosen(scan: Projections, choose: Callable[[int], range] | None) -> Projections:
+    """Some of its slices."""
+    if choose is None:
+        return scan
+    indices = tuple(choose(len(scan.sinogram)))
+    heights = tuple(scan.heights_mm[k] for k in indices) if scan.heights_mm else ()
+    return replace(scan, sinogram=scan.sinogram[list(indices)], heights_mm=heights, chosen=indices)
 
 
 # --- NumPy and NRRD ---
@@ -399,6 +417,7 @@ class _Scan:
     spectrum: int
     water_per_mm: float
     views_a_turn: int
+    series: str
 
     @classmethod
     def of(cls, header: Dataset) -> _Scan:
@@ -415,7 +434,8 @@ class _Scan:
             central_row=central[1],
             spectrum=_whole(header, _Tag.SPECTRUM) if _Tag.SPECTRUM in header else 0,
             water_per_mm=float(_text(header, _Tag.WATER)) if _Tag.WATER in header else WATER_PER_MM,
-            views_a_turn=_whole(header, _Tag.VIEWS_A_TURN) if _Tag.VIEWS_A_TURN in header else 0,
+            views_a_turn=_whole(header, _Tag.VIEWS_A_TURN) if _is_told(header, _Tag.VIEWS_A_TURN) else 0,
+            series=str(header.get("SeriesInstanceUID", "") or ""),
         )
 
     @property
@@ -445,12 +465,19 @@ class _View:
     photons: np.ndarray | None
 
 
-def _read_dicom(folder: Path, progress: Callable[[float], object] | None) -> Projections:
+def _read_dicom(
+    folder: Path, progress: Callable[[float], object] | None, choose: Callable[[int], range] | None
+) -> Projections:
     views = _views(folder, progress)
     scan = views[0].scan
     _check_scan(views, folder)
     if _is_helical(views) or any(view.place.spot != FocalSpot() for view in views):
-        return _rebinned(views, progress)
+        return _rebinned(views, progress, choose)
+    if scan.rows * scan.columns * len(views) > MAX_RAYS:
+        raise UnsuitableProjections(
+            f"{folder.name} holds {len(views)} views of {scan.rows} x {scan.columns} rays; give at most {MAX_RAYS:,} "
+            "rays."
+        )
     angles = [view.place.angle for view in views]
     beam = scan.beam(angles)
     sinogram = np.empty((scan.rows, len(views), scan.columns), np.float32)
@@ -461,7 +488,7 @@ def _read_dicom(folder: Path, progress: Callable[[float], object] | None) -> Pro
     photons = [view.photons for view in views if view.photons is not None]
     # By rising height.
     heights = views[0].place.height_mm + scan.heights_mm[::-1]
-    return Projections(
+    whole = Projections(
         torch.from_numpy(sinogram[::-1].copy()),
         beam,
         scan.water_per_mm,
@@ -469,9 +496,12 @@ def _read_dicom(folder: Path, progress: Callable[[float], object] | None) -> Pro
         tuple(heights.tolist()),
         tuple(_warnings(scan, len(views))),
     )
+    return _chosen(whole, choose)
 
 
-def _rebinned(views: Sequence[_View], progress: Callable[[float], object] | None) -> Projections:
+def _rebinned(
+    views: Sequence[_View], progress: Callable[[float], object] | None, choose: Callable[[int], range] | None
+) -> Projections:
     """Slices of parallel views."""
     scan = views[0].scan
     detector = ConeRows(
@@ -485,20 +515,18 @@ def _rebinned(views: Sequence[_View], progress: Callable[[float], object] | None
         scan.source_detector_mm,
         _SHAPES[scan.shape],
     )
+    measured = _views_a_turn(views)
+    # Some count the places of a flying focal spot as views and some do not; a wrong number would cost the image.
+    believed = scan.views_a_turn and measured / 4 <= scan.views_a_turn <= 4 * measured
     found = rebin(
         detector,
         [view.place for view in views],
         lambda index: _rays(views[index]),
-        scan.views_a_turn or _views_a_turn(views),
-        most_rays=MAX_RAYS,
+        scan.views_a_turn if believed else measured,
+        choose=choose,
+        most_rays=_MAX_REBINNED,
         progress=None if progress is None else lambda share: progress((1 + share) / 2),
     )
-    photons = [view.photons for view in views if view.photons is not None]
-    told = None
-    if len(photons) == len(views):
-        # What the tube's current changed from view to view is averaged; what interpolation smooths is not counted.
-        known = np.mean(photons, axis=0) * found.averaged
-        told = torch.from_numpy(np.interp(found.columns, np.arange(scan.columns), known).astype(np.float32))
     shown = f"{found.heights_mm[1] - found.heights_mm[0]:.3g} mm" if len(found.heights_mm) > 1 else "one height"
     note = (
         f"The scan was rebinned to {len(found.sinogram)} slices ({shown}) of {found.beam.views} parallel views each; "
@@ -508,10 +536,35 @@ def _rebinned(views: Sequence[_View], progress: Callable[[float], object] | None
         torch.from_numpy(found.sinogram),
         found.beam,
         scan.water_per_mm,
-        told,
+        _rebinned_photons(views, found),
         tuple(found.heights_mm.tolist()),
         (note,),
+        chosen=tuple(found.chosen) if choose else (),
     )
+
+
+def _rebinned_photons(views: Sequence[_View], found: Rebinned) -> Tensor | None:
+    """Of the rays in air, (views, channels): what averages to their noise, over all turns of a direction.
+
+    The variance of a mean of rays goes with the mean of the inverse photons, which tube-current modulation changes from
+    direction to direction. What interpolation smooths is not counted.
+    """
+    photons = [view.photons for view in views]
+    if any(one is None for one in photons):
+        return None
+    count = found.beam.views
+    angles = np.array([view.place.angle for view in views])
+    direction = np.rint(np.mod(angles, math.pi) / math.pi * count).astype(int) % count
+    inverse, number = np.zeros((count, views[0].scan.columns)), np.zeros(count)
+    for one, place in zip(photons, direction, strict=True):
+        inverse[place] += 1 / np.asarray(one, np.float64)
+        number[place] += 1
+    known = np.flatnonzero(number)
+    mean = found.averaged * number[known, None] / inverse[known]
+    nearest = known[np.abs(np.arange(count)[:, None] - known).argmin(axis=1)]
+    by_view = mean[np.searchsorted(known, nearest)]
+    columns = np.arange(by_view.shape[1])
+    return torch.from_numpy(np.stack([np.interp(found.columns, columns, row) for row in by_view]).astype(np.float32))
 
 
 def _views_a_turn(views: Sequence[_View]) -> int:
@@ -557,9 +610,9 @@ def _view(path: Path) -> _View:
         header = _dataset(path, stop_before_pixels=True)
         scan = _Scan.of(header)
         log = _text(header, _Tag.LOG)
-        shift = [_values(header, tag)[0] if tag in header else 0.0 for tag in
+        shift = [_values(header, tag)[0] if _is_told(header, tag) else 0.0 for tag in
                  (_Tag.ANGLE_SHIFT, _Tag.HEIGHT_SHIFT, _Tag.DISTANCE_SHIFT)]  # fmt: skip
-        photons = np.asarray(_values(header, _Tag.PHOTONS, scan.columns)) if _Tag.PHOTONS in header else None
+        photons = np.asarray(_values(header, _Tag.PHOTONS, scan.columns)) if _is_told(header, _Tag.PHOTONS) else None
         view = _View(
             path,
             int(header.get("InstanceNumber", 0) or 0),
@@ -587,6 +640,11 @@ def _dataset(path: Path, stop_before_pixels: bool = False) -> Dataset:
     with python_warnings.catch_warnings():
         python_warnings.simplefilter("ignore")
         return pydicom.dcmread(path, stop_before_pixels=stop_before_pixels)
+
+
+def _is_told(header: Dataset, tag: int) -> bool:
+    """Whether a tag is there and not empty."""
+    return tag in header and header[tag].value not in (None, "", b"") and np.size(header[tag].value) > 0
 
 
 def _values(header: Dataset, tag: int, number: int = 1) -> list[float]:
@@ -631,10 +689,6 @@ def _check_scan(views: Sequence[_View], folder: Path) -> None:
         raise UnsuitableProjections(f"The detector of {name} is of unknown form ({scan.shape}); give another scan.")
     if len(views) < 2:
         raise UnsuitableProjections(f"{name} holds a single view; give all views of the scan.")
-    if min(scan.rows, scan.columns) < 1 or scan.rows * scan.columns * len(views) > MAX_RAYS:
-        raise UnsuitableProjections(
-            f"{name} holds {len(views)} views of {scan.rows} x {scan.columns} rays; give at most {MAX_RAYS:,} rays."
-        )
 
 
 def _rays(view: _View) -> np.ndarray:

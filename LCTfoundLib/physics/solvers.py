@@ -38,9 +38,12 @@ __all__ = [
 #: does when the user cancels.
 Hook = Callable[[float], object]
 
-#: Filtered back-projection bridges a gap between views up to this angle (radians). A wider one is a short scan of fans,
-#: which has weights of its own, or a limited angle, whose images it would distort without a sign.
+#: Filtered back-projection bridges a gap between views up to this angle (radians); with a wider one it would distort
+#: the image without a sign.
 _WIDEST_GAP = math.radians(50)
+#: Fans with a gap from this angle on, and no other, are a short scan: bridging 20 degrees errs by 37 HU, a short scan's
+#: weights by 9; at 2 degrees it is 2 and 8.
+_SHORT_GAP = math.radians(10)
 #: Weight of the gradient against the rays in the steps of total variation. On a chest slice of 256 x 256 with 16 and 64
 #: views, 0.3 came nearest to the optimum in 200 iterations, of 0.03 to 3.
 _GRADIENT_SCALE = 0.3
@@ -103,15 +106,16 @@ def filtered_back_projection(
     shares = beam.view_weights
     flat = sinograms.reshape(-1, *beam.shape)
     # Few views are far apart, and no view is missing.
-    if beam.widest_gap > min(max(_WIDEST_GAP, 1.5 * beam.turn / beam.views), 0.75 * beam.turn):
-        short = _short_scan(beam) if isinstance(beam, FanBeam) else None
-        if short is None:
-            raise UnsuitableProjections(
-                f"The views leave a gap of {math.degrees(beam.widest_gap):.0f} degrees, too wide for filtered "
-                "back-projection; reconstruct with total variation or conjugate gradients instead."
-            )
+    usual = 1.5 * beam.turn / beam.views
+    short = _short_scan(beam) if isinstance(beam, FanBeam) and beam.widest_gap > max(_SHORT_GAP, usual) else None
+    if short is not None:
         weights, shares = short
         flat = flat * torch.from_numpy(weights).to(flat)
+    elif beam.widest_gap > min(max(_WIDEST_GAP, usual), 0.75 * beam.turn):
+        raise UnsuitableProjections(
+            f"The views leave a gap of {math.degrees(beam.widest_gap):.0f} degrees, too wide for filtered "
+            "back-projection; reconstruct with total variation or conjugate gradients instead."
+        )
     images = _BackProjection(projector, flat, shares).of(_filtered(projector, flat, ramp, cutoff))
     return images.reshape(*sinograms.shape[:-2], *projector.image_shape)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib.metadata import version
@@ -243,13 +243,11 @@ class _Run:
         mean, interval = self._best(*self._fast(fast), best)
         return self._agreed(mean, last), interval
 
-    def _parts(self) -> list[tuple[slice, UnrolledInput]]:
+    def _parts(self) -> Iterator[tuple[slice, UnrolledInput]]:
         """Some slices at a time, as the networks take them, on the device."""
-        parts = []
         for first in range(0, len(self.scan.sinogram), _SLICES):
             part = slice(first, first + _SLICES)
-            parts.append((part, self._input(self.scan.sinogram[part])))
-        return parts
+            yield part, self._input(self.scan.sinogram[part])
 
     def _input(self, rays: Tensor) -> UnrolledInput:
         photons = self.scan.photons

@@ -140,8 +140,9 @@ def test_no_photon_is_thrown_away(rng, spots, feed, slice_mm):
     """White noise becomes weaker as the rows that count say, and more by what interpolation smooths."""
     places = places_of(5.0, feed, SPOTS[spots])
     found = rebin(DETECTOR, places, lambda n: rng.normal(0, 1, (12, 120)), A_TURN, slice_mm)
-    # Half turns that see a slice, times its thickness in rows.
-    assert found.averaged == pytest.approx(2 * 12 * slice_mm / feed, rel=0.12)
+    # Half turns that see a slice, times its thickness in rows, times the views that a parallel one is made of.
+    assert found.beam.views == (90 if spots == "none" else 45)
+    assert found.averaged == pytest.approx(2 * 12 * slice_mm / feed * 90 / found.beam.views, rel=0.12)
     # In the image, since neighboring rays have noise in common.
     projector = Projector(ImageGrid(24, 24, 8.0), found.beam)
     rays = torch.from_numpy(found.sinogram[2:-2])
@@ -183,9 +184,51 @@ def test_refused(places, words):
         rebin(DETECTOR, places, lambda n: np.zeros((12, 120)), A_TURN)
 
 
-def test_too_many_rays_are_refused_before_any_is_read():
-    with pytest.raises(UnsuitableProjections, match="at most 1,000 rays"):
-        rebin(DETECTOR, places_of(3.0, 6.0, SPOTS["none"]), lambda n: 1 / 0, A_TURN, most_rays=1000)
+@pytest.mark.parametrize(("most", "words"), [(100_000, "at most 100,000 rays.*fewer slices"), (1000, "mm long")])
+def test_too_many_rays_are_refused_before_any_is_read(most, words):
+    with pytest.raises(UnsuitableProjections, match=words):
+        rebin(DETECTOR, places_of(3.0, 6.0, SPOTS["none"]), lambda n: 1 / 0, A_TURN, most_rays=most)
+
+
+def test_chosen_slices_are_those_of_all_and_only_views_that_see_them_are_read(rng):
+    places, asked = places_of(6.0, 9.0, SPOTS["along the patient"]), set()
+    rays = [rng.normal(1, 0.1, (12, 120)).astype(np.float32) for _ in places]
+
+    def read(index: int) -> np.ndarray:
+        asked.add(index)
+        return rays[index]
+
+    whole = rebin(DETECTOR, places, lambda n: rays[n], A_TURN)
+    assert list(whole.chosen) == list(range(len(whole.heights_mm)))
+    some = rebin(DETECTOR, places, read, A_TURN, choose=lambda count: range(count // 2, count // 2 + 6, 2))
+    np.testing.assert_array_equal(some.heights_mm, whole.heights_mm[list(some.chosen)])
+    np.testing.assert_array_equal(some.sinogram, whole.sinogram[list(some.chosen)])
+    assert len(some.heights_mm) == 3 and 0 < len(asked) < 0.7 * len(places)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"row_mm": 0.0}, "no detector"),
+        ({"row_mm": -1.0}, "no detector"),
+        ({"rows": 0}, "no detector"),
+        ({"source_detector_mm": 0.0}, "isocenter lies between"),
+        ({"source_isocenter_mm": 1200.0}, "isocenter lies between"),
+        ({"central_column": 400.0}, "beside the detector"),
+        ({"central_row": 200.0}, "row 200.0 of 12"),
+    ],
+)
+def test_detectors_that_are_none(change, words):
+    with pytest.raises(UnsuitableProjections, match=words):
+        replace(DETECTOR, **change)
+
+
+def test_a_table_that_moves_between_turns_is_told():
+    places = [
+        replace(place, height_mm=20.0 * (n // A_TURN)) for n, place in enumerate(places_of(3.0, 0.0, [FocalSpot()]))
+    ]
+    with pytest.raises(UnsuitableProjections, match="moves between turns, by 20.0 mm"):
+        rebin(DETECTOR, places, lambda n: np.zeros((12, 120)), A_TURN)
 
 
 def test_a_few_missing_views_do_not_matter(rng):

@@ -17,6 +17,7 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
 
 from LCTfoundLib.errors import UnsuitableProjections
+from LCTfoundLib.physics import projection_files
 from LCTfoundLib.physics.geometry import Detector, FanBeam, ImageGrid, ParallelBeam
 from LCTfoundLib.physics.hounsfield import WATER_PER_MM
 from LCTfoundLib.physics.projection_files import Projections, read_projections
@@ -339,7 +340,7 @@ class TestDicom:
         inside = np.hypot(grid.x_mm[None] - position[0], grid.y_mm[:, None] - position[1]) < 22
         assert float(image[torch.from_numpy(inside)].mean()) == pytest.approx(0.0193, rel=0.03)
 
-    def test_a_helical_scan_with_a_flying_focal_spot_becomes_slices(self, tmp_path, rng):
+    def test_a_helical_scan_with_a_flying_focal_spot_becomes_slices(self, tmp_path, rng, monkeypatch):
         position, photons = (40.0, -35.0), np.linspace(*rng.uniform(1e4, 1e5, 2), COLUMNS).astype(np.float32)
         phi = 2 * np.pi * np.arange(3 * 120) / 120
         paths = disk_through(position, 30.0, phi)
@@ -353,7 +354,7 @@ class TestDicom:
         told: list[float] = []
         found = read_projections(tmp_path, told.append)
         beam = found.beam
-        assert isinstance(beam, ParallelBeam) and beam.views == 60 and told == sorted(told)
+        assert isinstance(beam, ParallelBeam) and beam.views == 30 and told == sorted(told)
         apart = beam.channels_mm - position[0] * np.cos(beam.angles)[:, None]
         apart = apart - position[1] * np.sin(beam.angles)[:, None]
         inside = np.abs(apart) < 20
@@ -362,11 +363,20 @@ class TestDicom:
         step = ROW_MM * RHO / D0
         np.testing.assert_allclose(np.diff(found.heights_mm), step, rtol=1e-5)
         assert 188 < found.heights_mm[0] < 191 and 197 < found.heights_mm[-1] < 200
-        # A slice is as thick as a row, and 2 half turns x 4 rows / 4 mm of feed see it.
-        assert found.photons is not None and found.photons.shape == (beam.detectors,)
-        middle = float(found.photons[beam.detectors // 2] / np.interp(CENTRAL[0], range(1, COLUMNS + 1), photons))
-        assert middle == pytest.approx(2 * ROWS * step / 4.0, rel=0.3)
-        assert len(found.warnings) == 1 and "60 parallel views" in found.warnings[0]
+        # A slice is as thick as a row, 2 half turns x 4 rows / 4 mm of feed see it, and a view is made of two.
+        assert found.photons is not None and found.photons.shape == beam.shape
+        middle = float(found.photons[3, beam.detectors // 2] / np.interp(CENTRAL[0], range(1, COLUMNS + 1), photons))
+        assert middle == pytest.approx(2 * 2 * ROWS * step / 4.0, rel=0.3)
+        assert len(found.warnings) == 1 and "30 parallel views" in found.warnings[0]
+        monkeypatch.setattr(projection_files, "MAX_RAYS", 1000)  # of what is held at once, not of what is read
+        few = read_projections(tmp_path, choose=lambda count: range(1, 4, 2))
+        assert few.chosen == (1, 3) and few.heights_mm == (found.heights_mm[1], found.heights_mm[3])
+        assert torch.equal(few.sinogram, found.sinogram[[1, 3]])
+        for path in tmp_path.iterdir():
+            view = pydicom.dcmread(path)
+            view[0x7033_1013].value = 1
+            view.save_as(path)
+        assert read_projections(tmp_path).beam.views == 30  # measured by the angles
 
     def test_rows_that_follow_each_other_as_the_manual_says(self, scan):
         folder = scan(views=8)
@@ -429,7 +439,7 @@ class TestRefusedDicom:
             return kept
 
         for tag, value, words in (
-            (0x7031_1002, 140.0, "turn evenly around the patient"),
+            (0x7031_1002, 140.0, "table moves between turns, by 20.0 mm"),
             (0x7033_1063, 2, "another scan"),
         ):
             kept = change(first, tag, value)
@@ -442,6 +452,23 @@ class TestRefusedDicom:
             read_projections(folder)
         with pytest.raises(UnsuitableProjections, match="single view"):
             read_projections(scan(views=1))
+
+    def test_two_series_in_a_folder(self, scan):
+        folder = scan(views=8)
+        for number, path in enumerate(sorted(folder.iterdir())):
+            view = pydicom.dcmread(path)
+            view.SeriesInstanceUID = f"1.2.{number % 2}"
+            view.save_as(path)
+        with pytest.raises(UnsuitableProjections, match="of another scan"):
+            read_projections(folder)
+
+    def test_empty_photons_are_none(self, scan):
+        folder = scan(views=8)
+        for path in folder.iterdir():
+            view = pydicom.dcmread(path)
+            view[0x7033_1065].value = None
+            view.save_as(path)
+        assert read_projections(folder).photons is None
 
     def test_other_folders(self, scan, tmp_path, rng):
         empty = tmp_path / "empty"
