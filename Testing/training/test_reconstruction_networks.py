@@ -151,12 +151,12 @@ def test_the_report_tells_how_many_pixels_lie_inside(piece, rng, tmp_path):
 # -- the interval's factor -------------------------------------------------------------------------------------------
 
 
-def test_the_factor_holds_nine_of_ten_however_many_pixels_a_setting_has(rng):
-    ratios = {"a": rng.laplace(0, 0.3, 50_000), "b": rng.laplace(0, 0.6, 5_000)}
-    ratios = {name: np.abs(values) for name, values in ratios.items()}
-    factor = calibrated(ratios)
-    assert np.mean([(values <= factor).mean() for values in ratios.values()]) == pytest.approx(0.9, abs=2e-3)
-    assert calibrated({"b": 2 * ratios["b"]}) == pytest.approx(2 * calibrated({"b": ratios["b"]}))
+def test_the_factor_holds_nine_of_ten_pixels_of_nine_in_ten_patients(rng):
+    groups = [np.abs(rng.laplace(0, rng.uniform(0.2, 0.7), int(rng.integers(2_000, 50_000)))) for _ in range(40)]
+    factor = calibrated(groups)
+    held = [(values <= factor).mean() for values in groups]
+    assert np.mean(np.array(held) >= 0.9) == pytest.approx(0.9, abs=0.03)
+    assert calibrated([2 * values for values in groups]) == pytest.approx(2 * factor)
     with pytest.raises(LCTfoundError, match="FBP, bare ramp tells no interval"):
         shortfalls(
             [ReconstructionSlice("a", "a", chest(rng), 6.0)], methods_named(["fbp_ram_lak"])[0], Setting(SIDE, 4)
@@ -178,7 +178,8 @@ def test_the_command_writes_numbers_for_the_card(rng, weights, tmp_path, capsys)
     )
     told = json.loads(out.read_text(encoding="utf-8"))
     coverage = told["inside the 90 % interval"]
-    assert len(coverage) == 2 and np.mean([v["after"] for v in coverage.values()]) == pytest.approx(0.9, abs=5e-3)
+    assert len(coverage) == 2 and min(v["after"] for v in coverage.values()) > 0.88
+    assert all(v["least of a patient"] <= v["after"] for v in coverage.values())
     assert "held-out 1" in told["interval found on"] and not any(
         is_test_patient(n.split()[0]) for n in told["interval found on"]
     )

@@ -23,7 +23,7 @@ from LCTfoundLib.tasks.low_dose import LowDoseRequest, reduce_noise
 from training.evaluate.cases import DEFAULT_DATA
 from training.evaluate.command import Log, command
 from training.evaluate.low_dose import LowDoseScans, Scan, scan_of, volume_of, with_neighbors
-from training.evaluate.reconstruction_interval import found_of, write_found
+from training.evaluate.reconstruction_interval import found_of, inside, write_found
 from training.evaluate.reconstruction_slices import SliceChoice, read_slices
 
 __all__ = ["main", "shortfalls"]
@@ -34,12 +34,12 @@ _KERNELS = {"soft": SOFT, "sharp": SHARP}
 _VIEWS = 360
 
 
-def shortfalls(scans: Sequence[Scan], weights: Path | None) -> np.ndarray:
-    """Errors of the bodies' pixels as shares of half of the interval's width, float32; above 1 lies outside.
+def shortfalls(scans: Sequence[Scan], weights: Path | None) -> dict[str, np.ndarray]:
+    """Of each patient, errors of the body's pixels as shares of half of the interval's width, float32; 1 is its edge.
 
     Noise of any size is removed: what is left on purpose widens the interval by what it is, which no factor changes.
     """
-    found = []
+    found: dict[str, list[np.ndarray]] = {}
     for scan in scans:
         result = reduce_noise(
             volume_of(scan.noisy, scan.piece.pixel_mm, scan.spacing_mm),
@@ -47,8 +47,8 @@ def shortfalls(scans: Sequence[Scan], weights: Path | None) -> np.ndarray:
         )
         assert result.interval_hu is not None
         error = np.abs(result.ct.array[1] - scan.reference)
-        found.append((error / result.interval_hu[1])[scan.piece.body])
-    return np.concatenate(found).astype(np.float32)
+        found.setdefault(scan.piece.patient, []).append((error / result.interval_hu[1])[scan.piece.body])
+    return {patient: np.concatenate(ratios).astype(np.float32) for patient, ratios in found.items()}
 
 
 def _run(options: argparse.Namespace, log: Log) -> dict[str, Any]:
@@ -59,13 +59,13 @@ def _run(options: argparse.Namespace, log: Log) -> dict[str, Any]:
     if not slices:
         raise LCTfoundError(f"There is no slice to work on ({'; '.join(missing)}).")
     pieces = [(piece, *with_neighbors(piece, options.size, options.data)) for piece in slices]
-    ratios: dict[str, np.ndarray] = {}
+    ratios: dict[str, dict[str, np.ndarray]] = {}
     for kernel in _KERNELS:
         for share in _DOSES:
             scanner = LowDoseScans(options.size, _VIEWS, Dose(1e5, share, 10.0), _KERNELS[kernel], options.seed)
             name = f"{options.size} pixels, {100 * share:g} % of 1e5 photons, {kernel} kernel"
             ratios[name] = shortfalls([scan_of(scanner, *each) for each in pieces], options.weights)
-            log(f"{name}: {100 * (ratios[name] <= 1).mean():.1f} % inside")
+            log(f"{name}: {100 * inside(ratios[name]):.1f} % inside")
     return found_of(ratios, card, [piece.name for piece in slices], log)
 
 

@@ -50,7 +50,7 @@ from training.evaluate.reconstruction_slices import (
 )
 from training.evaluate.statistics import compare_paired
 
-__all__ = ["MEASURES", "METHODS", "Answer", "Row", "evaluate", "main", "table"]
+__all__ = ["MEASURES", "METHODS", "Answer", "Row", "Stack", "evaluate", "main", "table"]
 
 #: Columns of the table.
 MEASURES: dict[str, Metric] = {key: m for key, m in METRICS.items() if m.measure is not None} | {
