@@ -270,7 +270,7 @@ def test_an_interval_is_made_wide_enough_on_slices_it_was_not_trained_on(shards,
     found = json.loads((tmp_path / "found.json").read_text())
     coverage = found["inside the 90 % interval"].values()
     assert len(coverage) == 4 and found["weight_sha256"] == card.sha256
-    assert np.mean([each["after"] for each in coverage]) == pytest.approx(0.9, abs=0.01)
+    assert min(each["after"] for each in coverage) > 0.88
     assert np.mean([each["before"] for each in coverage]) < 0.85 and found[INTERVAL_FACTOR] > 0.25
     assert "left out: LUNG1-001" in capsys.readouterr().out
 
