@@ -193,7 +193,7 @@ def reconstruct_sparse_view(
     for text in warnings:
         run.progress.warn(text)
     images, interval = run()
-    for text in _metal(images, grid):
+    for text in _metal(images, grid, request.tier):
         run.progress.warn(text)
         warnings.append(text)
     residual = torch.cat(
@@ -358,16 +358,20 @@ def _warnings(projector: Projector, request: SparseViewRequest) -> list[str]:
     return found
 
 
-def _metal(images: Tensor, grid: ImageGrid) -> list[str]:
+def _metal(images: Tensor, grid: ImageGrid, tier: Tier) -> list[str]:
     """A sentence where slices hold what no tissue is, in units of water."""
     pixels = (images > _METAL).flatten(1).sum(dim=1)
     found = [number + 1 for number in range(len(images)) if pixels[number] * grid.pixel_mm**2 >= _METAL_MM2]
     if not found:
         return []
     where = f"slice {found[0]}" if len(found) == 1 else f"{len(found)} slices ({found[0]} to {found[-1]})"
+    text = f"There seems to be metal in {where} of {len(images)}: streaks around it are not corrected"
+    if tier is Tier.PREVIEW:
+        return [f"{text}. Values within some centimeters of it are not to be trusted."]
+    # Eight test slices with a screw of titanium, 16 and 32 views: RMSE 108 and 79 HU, of total variation 96 and 64.
     return [
-        f"There seems to be metal in {where} of {len(images)}: streaks around it are not corrected, and the networks "
-        "have not seen any. Values within some centimeters of it are not to be trusted."
+        f"{text}, and the network has not seen any: beside a screw it erred 13 to 23 % more than the preview. Take the "
+        "preview for these slices."
     ]
 
 
