@@ -345,10 +345,12 @@ def _warnings(projector: Projector, request: SparseViewRequest) -> list[str]:
             f"{views} views leave most of the image open: small vessels and nodules may be {lost}. "
             "Research use only, not for diagnosis."
         )
-    if request.tier is not Tier.PREVIEW and not isinstance(projector.beam, ParallelBeam):
+    if request.tier is not Tier.PREVIEW and not isinstance(projector.beam, ParallelBeam) and views > FEW_VIEWS:
+        # RMSE on six test slices: 102 HU against the preview's 113 with 16 views, 71 against 69 with 32, 49 against 44
+        # with 61.
         found.append(
-            "The network has seen few fan beams: on two slices with 32 and 61 views of a fan the preview was nearer to "
-            "the truth. Compare the two."
+            "The network has seen few fan beams: on six slices the preview was nearer to the truth, with 32 views of a "
+            "fan by 2 %, with 61 by 10 %. Compare the two."
         )
     if not projector.beam.covers(projector.grid):
         found.append(

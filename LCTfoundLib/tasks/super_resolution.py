@@ -76,7 +76,7 @@ class Method(StrEnum):
     NULL_SPACE = "null-space"
 
 
-#: They are not: the backbone's draws agree where they are wrong together. How much wider the interval has to be to hold
+#: The backbone's draws agree where they are wrong together. How much wider than theirs the interval has to be to hold
 #: 90 % of the bodies' pixels, by the factor: in plane 2.31 for 4 and 4.07 for 8 on three tuning slices of 256 pixels;
 #: between slices 2.37 for 2 (2.28 to 2.43 at three places of two patients) and 3.26 for 4 (one place).
 _WIDER, _WIDER_BY_FACTOR = {Direction.IN_PLANE: 0.55, Direction.SLICES: 1.48}, 0.44

@@ -16,9 +16,10 @@ from LCTfoundLib.networks.foundation import FoundationModel, InputRecipe, Slices
 from LCTfoundLib.networks.posterior import PosteriorSettings, sample_posterior
 from LCTfoundLib.networks.restoration import RestorationConfig
 from LCTfoundLib.networks.unrolled import UnrolledConfig, UnrolledInput, UnrolledNet
-from LCTfoundLib.physics.geometry import ImageGrid, ParallelBeam
-from LCTfoundLib.physics.hounsfield import WATER_PER_MM
+from LCTfoundLib.physics.geometry import FanBeam, ImageGrid, ParallelBeam
+from LCTfoundLib.physics.hounsfield import WATER_PER_MM, attenuation_of
 from LCTfoundLib.physics.noise import Dose
+from LCTfoundLib.physics.projection_files import Projections
 from LCTfoundLib.physics.projector import Projector
 from LCTfoundLib.runtime.device import choose_device
 from LCTfoundLib.runtime.progress import CancelToken, Progress
@@ -241,6 +242,16 @@ class TestTiers:
                 reconstruct_sparse_view(
                     scan, grid, request, Progress(cancel=token), load_net=nets(), load_backbone=backbone
                 )
+
+    @pytest.mark.parametrize(("views", "told"), [(16, False), (32, True)])
+    def test_fans_are_told_of_where_the_preview_is_nearer(self, ct, views, told):
+        _, grid, slices = scan_of_volume(ct, 5)
+        beam = FanBeam((0.0,), 200, 2.0, 0.25).sparse(views)
+        rays = Projector(grid, beam).forward(attenuation_of(torch.from_numpy(slices)))
+        scan = Projections(rays, beam, WATER_PER_MM)
+        for tier in (Tier.PREVIEW, Tier.FAST):
+            texts = reconstruct(scan, grid, tier=tier).warnings
+            assert any("few fan beams" in text for text in texts) is (told and tier is Tier.FAST)
 
     def test_metal_is_told_of_and_where_it_is(self, ct):
         hu = ct.array.astype(np.float32)
