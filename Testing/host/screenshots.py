@@ -61,5 +61,5 @@ def _reconstruction(host: Any, volume: Any, folder: Path) -> None:
     panel.ui.runButton.click()
     host.wait_for(lambda: not panel.display.isRunning, 600)
     panel.ui.mapComboBox.setCurrentIndex(panel.ui.mapComboBox.findData("difference"))
-    panel.ui.opacitySlider.value = 60
+    panel.ui.opacitySlider.value = 35
     print(host.grab(folder / "LCTfoundReconstruction.png"))
