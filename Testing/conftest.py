@@ -84,7 +84,13 @@ def phantom_case(once: Callable[[str, Callable[[], Any]], Any]) -> Rendered:
     """A synthetic patient with exact labels, scanned at 2.5 mm; made once for all tests."""
     from training.phantom.render import phantom
 
-    return once("phantom_case", lambda: phantom(seed=20, spacing=2.5))
+    def make() -> Rendered:
+        case = phantom(seed=20, spacing=2.5)
+        # Computed when first asked for: once here, and not in each process while some test looks at the clock.
+        assert case.ct and case.segments and case.lobes
+        return case
+
+    return once("phantom_case", make)
 
 
 @pytest.fixture(scope="session")

@@ -100,13 +100,11 @@ def nothing(sinogram: Tensor, projector: Projector, context: Context) -> Reconst
 def test_a_screw_in_the_body_is_left_out_of_the_measurement(slices):
     piece = slices[0]
     screw = SliceWithMetal.of(piece, 15.0)
+    middle = np.array([round(np.nonzero(piece.body)[axis].mean()) for axis in (0, 1)])
+    distance = np.hypot(*(np.indices(piece.hu.shape) - middle[:, None, None])) * piece.pixel_mm
     metal = screw.hu > 5000
-    rows, columns = np.nonzero(metal)
-    middle = [np.nonzero(piece.body)[axis].mean() for axis in (0, 1)]
-    np.testing.assert_allclose([rows.mean(), columns.mean()], middle, atol=1)
-    assert metal.sum() * piece.pixel_mm**2 == pytest.approx(np.pi * 15**2, rel=0.3)
+    assert (metal == (distance <= 15)).all() and metal.sum() >= 9
     left_out = piece.body & ~screw.body
-    distance = np.hypot(*(np.indices(metal.shape) - np.round(middle)[:, None, None])) * piece.pixel_mm
     assert (left_out == (piece.body & (distance <= 30))).all() and (screw.body <= piece.body).all()
     assert (screw.hu[~metal] == piece.hu[~metal]).all() and isinstance(screw, ReconstructionSlice)
 

@@ -102,6 +102,23 @@ def test_a_resumed_run_is_the_straight_one_bit_for_bit(shards, tmp_path):
     assert {"psnr 6", "psnr 12", "start 6"} <= entries[-1].keys()
 
 
+def test_a_run_begins_with_another_run_or_with_a_weight(shards, tmp_path):
+    first = trainer_of(shards, tmp_path / "first", steps=2)
+    first.fit()
+    first.export(tmp_path / "weights", "1", {})
+    exact, half = (trainer_of(shards, tmp_path / name) for name in ("exact", "half"))
+    exact.start_from(tmp_path / "first")
+    half.start_from(tmp_path / "weights")
+    for key, value in first.average.items():
+        assert torch.equal(exact.network.state_dict()[key], value)
+        torch.testing.assert_close(half.network.state_dict()[key], value, rtol=2e-3, atol=1e-4)
+    assert half.step == 0 and torch.equal(half.average[key], half.network.state_dict()[key])
+    begun = trainer_of(shards, tmp_path / "first")  # resumes, and keeps its own
+    begun.start_from(tmp_path / "nowhere")
+    with pytest.raises(WeightError, match="neither a run's checkpoint nor a weight"):
+        trainer_of(shards, tmp_path / "new").start_from(tmp_path / "nowhere")
+
+
 def test_it_learns(tmp_path):
     """Stripes, since of blobs alone total variation, where it begins, leaves little to learn."""
     trainer = trainer_of(write_shards(tmp_path, stripes=300.0), tmp_path / "run", noisy=0.0, steps=100)
