@@ -372,8 +372,8 @@ def _metal(images: Tensor, grid: ImageGrid, tier: Tier) -> list[str]:
         return [f"{text}. Values within some centimeters of it are not to be trusted."]
     # Eight test slices with a screw of titanium, 16 and 32 views: RMSE 106 and 76 HU, of total variation 96 and 64.
     return [
-        f"{text}, and the network has not seen any: with a screw it erred 11 to 20 % more than total variation. Take the "
-        "preview for these slices."
+        f"{text}, and the network has not seen any: with a screw it erred 11 to 20 % more than total variation. Take "
+        "the preview for these slices."
     ]
 
 
