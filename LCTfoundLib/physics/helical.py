@@ -232,9 +232,11 @@ class _Track:
         self.heights = np.array([places[index].height_mm for index in mine])
         gaps = np.diff(self.angles)
         moves = np.diff(self.heights)
-        if len(mine) > 1 and np.abs(np.median(moves)) <= _SAME_PLACE_MM / 10 and np.ptp(self.heights) > _SAME_PLACE_MM:
+        farthest = float(np.abs(moves).max(initial=0.0))
+        # Of a slow helix no view is far from the next, however far the table goes.
+        if farthest > _SAME_PLACE_MM and abs(float(np.median(moves))) <= _SAME_PLACE_MM / 10:
             raise UnsuitableProjections(
-                f"The table moves between turns, by {np.abs(moves).max():.1f} mm; give the views of one position."
+                f"The table moves between turns, by {farthest:.1f} mm; give the views of one position."
             )
         if len(mine) < 2 or gaps.min() <= 0 or _jumps(gaps, 0.0) or _jumps(moves, _SAME_PLACE_MM):
             raise UnsuitableProjections(

@@ -223,6 +223,13 @@ def test_detectors_that_are_none(change, words):
         replace(DETECTOR, **change)
 
 
+def test_a_slow_helix_is_no_table_that_moves_between_turns():
+    """6 mm a turn of 720 views: less from view to view than a table at rest may tremble."""
+    places = places_of(1.5, 6.0, SPOTS["none"], a_turn=720)
+    found = rebin(DETECTOR, places, lambda n: np.ones((12, 120), np.float32), A_TURN)
+    assert len(found.heights_mm) > 3 and found.sinogram.max() <= 1
+
+
 def test_a_table_that_moves_between_turns_is_told():
     places = [
         replace(place, height_mm=20.0 * (n // A_TURN)) for n, place in enumerate(places_of(3.0, 0.0, [FocalSpot()]))
